@@ -26,25 +26,25 @@ help:
 	@echo "make test     run the tests in three ways: the Triton kernels (without a GPU through Triton's interpreter),"
 	@echo "              then what a CPU runs with the C++ operators, and without; test-triton, test-cpp, test-torch"
 	@echo "make ptx      run the tests of the operators on compiled kernels, emulated: sm_80, sm_90, sm_120 (ARCHES="sm_90")"
-	@echo "make ptx-fast every kernel at every flag once on sm_80 and sm_90: what continuous integration runs"
-	@echo "make ptx-mutants  what the emulator notices of five kernels with one step taken out of their PTX"
-	@echo "make fuzz     random calls of the CPU operators against float64 for SECONDS=60 from SEED=0; fuzz-asan: the same"
+	@echo "make ptx-fast run every kernel at every flag once on sm_80 and sm_90, as continuous integration does"
+	@echo "make ptx-mutants  remove single steps from the PTX of five kernels, and count what the emulator notices"
+	@echo "make fuzz     compare random calls of the CPU operators with float64 for SECONDS=60 from SEED=0; fuzz-asan: the same"
 	@echo "              with the C++ operators built with AddressSanitizer and UBSan (GCC)"
 	@echo "make verify   check every operator on this machine against the reference"
-	@echo "make bench    time everything beside the libraries people use (BENCH_ARGS="--quick")"
-	@echo "make compile  compile the kernels for NVIDIA and AMD without a GPU, and read their machine code"
-	@echo "make families every model of transformers that reads text, small, beside itself accelerated"
-	@echo "make engines  corpora by a real Ray and a real Spark (which needs Java) on this machine, and the examples of both"
-	@echo "make own-tests CHECKOUT=/transformers TESTS=tests/models/bert  a library's own tests on plain and accelerated models"
-	@echo "make full     all that takes hours: every kernel at every config, emulated PTX, other versions of Python and torch"
+	@echo "make bench    time everything, and other libraries for comparison (BENCH_ARGS="--quick")"
+	@echo "make compile  compile some kernels for NVIDIA and AMD without a GPU, and check their machine code; compile-all: all"
+	@echo "make families compare every text model of transformers, built small, with itself accelerated"
+	@echo "make engines  test corpora with a real Ray and a real Spark (which needs Java) on this machine, and their examples"
+	@echo "make own-tests CHECKOUT=/transformers TESTS=tests/models/bert  run a library's own tests on plain and accelerated models"
+	@echo "make full     run what takes hours: every kernel at every config, emulated PTX, other versions of Python and torch"
 	@echo "make lint     check code, format, and the types of the public modules"
-	@echo "make format   apply both"
+	@echo "make format   fix code and format"
 	@echo "make install  only make the environment, in $(VENV)"
 	@echo "make clean    remove what was built, and the environment"
 
-# The stamp is newer than both files where the environment holds what they ask for, so a second run starts at once.
-# torch comes first and alone: pip then settles on one build of it, before anything else asks for another. seqeval comes
-# as source only: built the modern way (PEP 517), since old pips get its build requirements wrong.
+# The stamp is newer than both files once the environment has what they list, so a second run starts at once.
+# torch is installed first and alone, so that pip chooses one build of it before another package asks for a different one.
+# seqeval exists as source only; PEP 517 builds it, because old versions of pip get its build requirements wrong.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	sed $(TORCH:%=-e 's/^torch==.*/torch==%/') $(TRITON:%=-e 's/^triton==.*/triton==%/') -e '' constraints.txt > $(VENV)/constraints.txt
@@ -52,7 +52,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_ARGS) -c $(VENV)/constraints.txt --use-pep517 -e '.[demo,test,lint]'
 	@touch $@
 
-# The C++ operators, of every source and header wherever it lies; setup.py sees whether what is there is of these.
+# The C++ operators depend on every source and header; setup.py rebuilds a library only if its sources have changed.
 $(BUILT): $(INSTALLED) $(SOURCES) setup.py kernels/cpu/library.py
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
@@ -62,14 +62,14 @@ install: $(BUILT)
 demo: $(BUILT)
 	@$(BIN)/python -m fastbert.demo
 
-# The interpreter runs one program at a time, in Python: processes help, threads of torch only get in their way.
-# With worksteal a process takes tests of one file after another, so that what a file sets up is set up once.
+# Triton's interpreter runs one program at a time, in Python: processes make the tests faster, torch's threads do not.
+# With worksteal a process runs the tests of a file one after another, so that the file's fixtures are made once.
 test: test-triton test-cpp test-torch
 
 test-triton test-cpp test-torch: $(BUILT)
 	FASTBERT_TEST=$(@:test-%=%) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(JOBS) --dist worksteal
 
-# Triton compiles for each architecture, numpy executes the PTX. What was compiled stays in Triton's cache.
+# Triton compiles for each architecture, and numpy executes the PTX. Compiled kernels stay in Triton's cache.
 ARCHES ?= sm_80 sm_90 sm_120
 OPERATORS := emulated attention attention_machinery attention_schedule batch_invariance cross_entropy embedding encoder_gradients feed_forward layer_norm pooling random
 EMULATED = OMP_NUM_THREADS=1 FASTBERT_TEST_ARCH=$$arch $(BIN)/python -m pytest -n $(JOBS)
@@ -89,8 +89,8 @@ SEED ?= 0
 fuzz: $(BUILT)
 	OMP_NUM_THREADS=2 $(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
-# The sanitizers have to be loaded before Python; what torch leaves behind at its end is no leak of ours. First the
-# library that this CPU would choose, then the one without AVX-512. A free compiler has them built in a few minutes.
+# The sanitizers must be loaded before Python. Leaks are not reported, because torch leaves memory at its end. The fuzz
+# runs with the library that this CPU would choose, then with the one without AVX-512.
 SANITIZERS = $(foreach name,libasan.so libubsan.so,$(shell $(CC) -print-file-name=$(name)))
 SANITIZED = LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=2 \
   $(BIN)/python tests/fuzz.py --seconds $(SECONDS) --seed $(SEED) --libraries build/asan/fastbert/kernels/cpu
@@ -113,11 +113,11 @@ compile: $(INSTALLED)
 compile-all: $(INSTALLED)
 	$(BIN)/python -m benchmarks.inspection.compile_report
 
-# The table of docs/families.md; 1 where an accelerated model differs from itself.
+# Makes the table of docs/families.md; fails if an accelerated model differs from the original.
 families: $(BUILT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families_of_transformers
 
-# A library's own test files, from a checkout of it; 1 where one is green on plain models alone and is not listed.
+# Runs a library's own tests from a checkout; fails if a test passes on plain models only, and is not listed.
 CHECKOUT ?=
 TESTS ?=
 

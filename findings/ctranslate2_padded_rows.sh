@@ -4,9 +4,9 @@
 # Packages: ctranslate2 4.8.5, transformers 5.24.0, torch 2.13.0. A BERT of random weights, two texts of 5 and 3 tokens.
 #
 # `Encoder.forward_batch` returns a full tensor [texts, longest, width]. Its encoder takes the padding out, and puts it back by
-# repeating the last real row. So a mean over the second dimension, which looks harmless since nothing is marked as padding,
-# counts the last token (for BERT: [SEP]) once for every missing one. The result does not carry the lengths: the caller has to
-# keep them.
+# repeating the last real row. So a mean over the second dimension, which looks right because nothing is marked as padding,
+# counts the last token (for BERT: [SEP]) once for every missing token. The result does not contain the lengths: keep them
+# yourself.
 #
 # Output seen:
 #   real rows against transformers       1e-06 or less

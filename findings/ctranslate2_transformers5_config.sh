@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# CTranslate2 cannot convert a BERT that transformers 5 has opened: the setting it asks for was dropped from the config.
+# CTranslate2 cannot convert a BERT that transformers 5 has opened: its config lacks a setting that the converter reads.
 #
 # Packages: ctranslate2 4.8.5, transformers 5.24.0, torch 2.13.0. A fresh BERT saved by transformers 5.
 #
-# The converter checks `config.position_embedding_type == "absolute"`. transformers 5 took the attribute out of BertConfig, so
-# the conversion of every BERT whose config.json does not happen to name it fails with an AttributeError that names neither
+# The converter checks `config.position_embedding_type == "absolute"`. transformers 5 removed the attribute from BertConfig, so
+# the conversion of every BERT whose config.json does not name it fails with an AttributeError that names neither
 # library's version. Folders saved by transformers 4 hold the key, and still convert, as does a config with the key put in.
 #
 # Output seen:

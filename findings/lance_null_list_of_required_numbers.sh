@@ -4,9 +4,9 @@
 # Packages: pylance 14.0.2, pyarrow 26.0.1. A column FixedSizeList(4) of float32 with a null in its second row, written to
 # Parquet by pyarrow, read again, and written to Lance.
 #
-# pyarrow reads the numbers of the null list as four nulls, whatever the type says of them. Lance then raises "non-nullable
-# child of type Float32 contains nulls not present in parent", although all of them lie below the null list. The table that
-# never went through Parquet is taken, since its numbers below the null are numbers. So write `nullable=True` for the numbers
+# pyarrow reads the numbers of the null list as four nulls, although their type is not nullable. Lance then raises "non-nullable
+# child of type Float32 contains nulls not present in parent", although all of these nulls are inside the null list. A table
+# that never went through Parquet is accepted, because the numbers inside its null list are not null. So write `nullable=True` for the numbers
 # of lists that may be null.
 #
 # Output seen:

@@ -5,8 +5,8 @@
 # Packages: openvino 2026.4.1, transformers 5.24.0, torch 2.13.0. A BERT of random weights in float32, three texts, the last
 # with a mask of zeros (a filler row that rounds a batch up to a fixed size).
 #
-# transformers turns such a row into scores that are all masked alike, and both of its attentions answer with finite numbers.
-# Converted by openvino.convert_model, the model built with "eager" keeps them, the model built with "sdpa" (the default)
+# In transformers all scores of such a row are masked alike, and both kinds of attention return finite numbers. After
+# openvino.convert_model, a model built with "eager" returns the same numbers, and a model built with "sdpa" (the default)
 # returns NaN in that row. Other rows are right. One NaN row is enough for a mean or a loss over the batch.
 #
 # Output seen:

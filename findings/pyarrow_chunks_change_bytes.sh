@@ -3,8 +3,8 @@
 #
 # Package: pyarrow 26.0.1. The same values as one chunk and as chunks of 300 rows, written with the same options.
 #
-# With long texts the pages end at other rows. Short columns hide it: they fit into one page either way. A pipeline that wants
-# the same file from the same rows has to call combine_chunks() on every table before it writes it.
+# With long texts the pages of the file end at other rows. Short columns hide this, because they fit into one page. To get
+# the same file from the same rows, call combine_chunks() on every table before writing.
 #
 # Output seen:
 #   numbers      the same bytes  after combine_chunks the same

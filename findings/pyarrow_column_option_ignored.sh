@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# pyarrow: an option of the Parquet writer for a column that does not exist is ignored without a word.
+# pyarrow: an option of the Parquet writer for a column that does not exist is ignored without an error.
 #
 # Package: pyarrow 26.0.1. A table with a column of lists, written with compression, dictionary and statistics for its values.
 #
-# The options take the path of a column in the Parquet file. That of a list's values is tags.list.element, while the Arrow
-# schema may call the child item. With any other name, the name of the table's own column included, write_table() succeeds
-# and the column gets none of the three. Only the metadata of the file shows it, so check there.
+# The options take the path of a column in the Parquet file. The path of a list's values is tags.list.element, whatever
+# the Arrow schema calls the child. With any other name, such as the name of the table's column, write_table() succeeds, and
+# the column gets none of the three options. Only the metadata of the file shows this, so check there.
 #
 # Output seen:
 #   tags.list.element    compression ZSTD         dictionary True   statistics True

@@ -4,8 +4,8 @@
 # Packages: sentence-transformers 6.2.0, transformers 5.24.0, torch 2.13.0. BERT, mean pooling, Normalize, as many published
 # models end.
 #
-# Whoever loads a model that ends in Normalize expects unit vectors, and stores them in an index that uses inner products. With
-# `truncate_dim` the cut comes last: lengths are below 1 and differ from text to text, so inner products rank by length too.
+# Users of a model that ends in Normalize expect unit vectors, and store them in an index that uses inner products. With
+# `truncate_dim` vectors are cut last: their lengths are below 1 and differ, so inner products also rank by length.
 # `normalize_embeddings=True`, which seems superfluous for such a model, does normalise after the cut.
 #
 # Output seen (lengths of four vectors):

@@ -3,8 +3,8 @@
 #
 # Package: tokenizers 0.23.3. The same 300 lines, the same settings, eight trainings in one process.
 #
-# The continuing pieces of one letter (##a, ##b, ...) come in another order in every training, so ids differ from training to
-# training; the set of words can differ too. A checkpoint trained with one vocabulary is useless with the next, and "same command,
+# The continuing pieces of one letter (##a, ##b, ...) have another order in every training, so ids differ between trainings;
+# the set of words can differ too. A checkpoint trained with one vocabulary is useless with the next, and "same command,
 # same vocabulary" is wrong. The trainer has no seed: keep the vocabulary file.
 #
 # Output seen (the counts vary):

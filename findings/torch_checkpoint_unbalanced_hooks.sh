@@ -3,10 +3,10 @@
 #
 # Packages: torch 2.13.0. A residual layer of three modules, torch.utils.checkpoint.checkpoint(use_reentrant=False).
 #
-# The backward pass runs the layer again and stops it, by an exception, as soon as the last tensor that it needs was made
-# ("early stop", the default). A module in which that happens was entered and is not left: its pre-hook has run twice, its
-# forward hook once, and modules behind it run once. So a pair of hooks that pushes and pops (a profiler's ranges, a stack of
-# names, a switch that is set and put back) is out of step after every checkpointed layer, without an error. A hook that was
+# The backward pass runs the layer again and stops it, by an exception, as soon as it has the last tensor that it needs
+# ("early stop", the default). The module in which that happens is entered but not left: its pre-hook has run twice, its
+# forward hook once, and later modules have run once. So a pair of hooks that pushes and pops (a profiler's ranges, a stack of
+# names, a switch that is set and put back) is out of balance after every checkpointed layer, without an error. A hook that was
 # registered with always_call=True runs then too, and set_checkpoint_early_stop(False) runs all of the layer.
 #
 # Output seen (calls of the pre-hook, of the hook, of the hook with always_call=True):

@@ -4,8 +4,8 @@
 # Packages: torch 2.13.0. One nn.Linear(64, 32), quantised to int8; a row alone, with ordinary neighbours, with one large neighbour.
 #
 # "Dynamic" means that the range of the activations is measured at each call. It is measured once for the whole input, not for
-# each row. So a text's vector changes with the texts that share its batch and with what stands at padding, and a row with large
-# values takes the resolution away from all others.
+# each row. So a text's vector changes with the other texts of its batch and with the values at padding, and a row with large
+# values makes all other rows less exact.
 #
 # Output seen (relative difference of the row's output from its output alone):
 #   ordinary neighbours              0.016

@@ -3,9 +3,9 @@
 #
 # Packages: torch 2.13.0. One post-norm layer, float32, in evaluation mode.
 #
-# The layer's fast path knows two activations, ReLU and GELU, and takes any nn.GELU for the one by erf: `approximate` is not
-# looked at. So a model is trained and evaluated with gradients by tanh, and serves another function under torch.no_grad().
-# With a function in place of the module (F.gelu with approximate="tanh", in a lambda) the fast path is not taken.
+# The layer's fast path knows two activations, ReLU and GELU, and treats any nn.GELU as the one by erf: it ignores
+# `approximate`. So a model is trained with GELU by tanh, and computes another function under torch.no_grad(). If the activation
+# is a function instead of a module (F.gelu with approximate="tanh", in a lambda), the fast path is not taken.
 #
 # Output seen (largest difference of the output without gradients from that with gradients, and from a layer with nn.GELU()):
 #   nn.GELU("tanh")   1.6e-04 from its own, 0.0e+00 from nn.GELU()

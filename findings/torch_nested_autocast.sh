@@ -3,10 +3,10 @@
 #
 # Packages: torch 2.13.0. One nn.Linear on the CPU, with and without gradients; nothing about it depends on the device.
 #
-# Autocast keeps the cast of a float32 weight that requires a gradient until the outermost block ends, and finds it again by
-# the weight alone, not by the dtype that it was cast to. A block in bfloat16 around one in float16 (a library's own autocast
+# Autocast caches the cast of a float32 weight that requires a gradient until the outermost block ends. The key of this cache is
+# the weight alone, without the dtype of the cast. A block in bfloat16 around one in float16 (a library's own autocast
 # within a trainer's) then multiplies float16 activations by the bfloat16 weight, and raises, if the same module ran in the
-# outer block before; a module that did not is served well. torch.autocast(..., cache_enabled=False) for both is a way out.
+# outer block before; other modules work. torch.autocast(..., cache_enabled=False) for both is a way out.
 #
 # Output seen:
 #   first call in the inner block    torch.float16

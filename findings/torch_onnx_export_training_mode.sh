@@ -2,11 +2,11 @@
 # torch.onnx.export(dynamo=False) can leave a model that was in evaluation mode in training mode: dropout is on afterwards.
 #
 # Packages: torch 2.13.0, transformers 5.24.0, onnx 1.23.2. A BERT in evaluation mode inside the usual small wrapper that picks
-# one output; nobody called .eval() on the wrapper itself, which has no dropout of its own.
+# one output; .eval() was never called on the wrapper itself, which has no dropout.
 #
 # The exporter switches the module it is given to evaluation mode and afterwards back to *that module's* mode, with
-# `wrapper.train(True)`, which goes down to every module inside. The exported file is right; the model in memory now drops. The
-# check that people write next, the file's output against the model's, then fails and looks like a broken export. The exporter
+# `wrapper.train(True)`, which goes down to every module inside. The exported file is right, but the model in memory now applies
+# dropout. So a comparison of the file's output with the model's fails, and looks like a broken export. The exporter
 # with dynamo=True leaves all modes alone.
 #
 # Output seen:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# torch: pytree.register_dataclass(cls, drop_field_names=[...]) drops nothing, and says nothing, unless field_names is given too.
+# torch: pytree.register_dataclass(cls, drop_field_names=[...]) drops nothing, without an error, unless field_names is given too.
 #
 # Packages: torch 2.13.0. A dataclass with a tensor and a note that is no part of the tree (a cache, a handle, a set of names).
 #
 # With both arguments the note is left out, as asked. With `drop_field_names` alone, the natural way to say "all but this one",
-# the argument is accepted and not looked at: all fields of the constructor become children. So what was to be dropped is
+# the argument is ignored: all fields of the constructor become children. So the field that should be dropped is
 # traced, compared and carried through torch.export and torch.compile as a leaf.
 #
 # Output seen (leaves of Output(tensor, note="a note")):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# torch: scatter_reduce("amax", include_self=False) loses a part of the gradient where the maximum equals the value left out.
+# torch: scatter_reduce("amax", include_self=False) loses a part of the gradient if the maximum equals the old value.
 #
 # Packages: torch 2.13.0. Maximum over the rows of a segment, of three equal values, into a tensor of zeros; also index_reduce.
 #
-# With include_self=False the forward pass ignores what stood in `self`. The backward pass compares `self` with the result
-# all the same: where they are equal it counts one more tie, and that share of the gradient goes nowhere. The usual segment
-# maximum starts from zeros, and a maximum of exactly 0 is what a ReLU before it gives: without a tie half of the gradient
-# is lost. Starting from NaN, which equals nothing, gives the right one.
+# With include_self=False the forward pass ignores the old values of `self`. But the backward pass compares `self` with the
+# result: if they are equal it counts one more tie, and that share of the gradient is lost. A segment maximum usually starts
+# from zeros, and a ReLU before it often makes the maximum exactly 0: a single value then loses half of its gradient. Starting
+# from NaN, which equals nothing, gives the right gradient.
 #
 # Output seen (gradient of each value, its upstream gradient being 1; the right one is 1 shared by all):
 #   maximum 0   three values   scatter_reduce 0.25   index_reduce 0.25   from NaN 0.333333

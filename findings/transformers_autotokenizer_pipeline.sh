@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# transformers: AutoTokenizer of a BERT folder keeps tokenizer.json's vocabulary and throws its normalizer and pre-tokenizer away.
+# transformers: AutoTokenizer of a BERT folder keeps tokenizer.json's vocabulary and drops its normalizer and pre-tokenizer.
 #
 # Packages: transformers 5.24.0, tokenizers 0.23.3. The folder holds config.json ("bert"), tokenizer_config.json ("BertTokenizer"),
 # vocab.txt and a tokenizer.json that splits on white space only.
 #
 # tokenizer.json is the whole pipeline, and up to transformers 4 AutoTokenizer loaded it as it is. In 5 the class BertTokenizer
-# builds BERT's own normalizer and pre-tokenizer anew. Whoever trained with another splitter gets other tokens, silently;
-# PreTrainedTokenizerFast on the same folder still reads the file.
+# builds BERT's own normalizer and pre-tokenizer again. A model that was trained with another pre-tokenizer gets other tokens,
+# without a warning; PreTrainedTokenizerFast still reads the file of the same folder.
 #
 # Output seen:
 #   tokenizer.json itself     [CLS] Hello a-b world [SEP]

@@ -3,7 +3,7 @@
 #
 # Packages: transformers 5.24.0, tokenizers 0.23.3.
 #
-# `vocab_file` was the first argument of BertTokenizer until transformers 4, and stands in many scripts. In 5 the argument is called
+# `vocab_file` was the first argument of BertTokenizer until transformers 4, and many scripts use it. In 5 the argument is called
 # `vocab`; the old name is taken into **kwargs and ignored, so every word becomes [UNK] and training goes on.
 #
 # Output seen:

@@ -4,8 +4,8 @@
 # Packages: transformers 5.24.0, torch 2.13.0.
 #
 # Dynamic masking (RoBERTa) means that a sentence gets new masks in each epoch. DataCollatorForLanguageModeling(seed=...) makes a generator at
-# its first call. Without workers that generator lives on from epoch to epoch. With num_workers > 0 the DataLoader starts its workers
-# anew for every epoch, each from the untouched collator, so every epoch begins with the same generator: static masking, silently.
+# its first call. Without workers all epochs use this generator. With num_workers > 0 the DataLoader starts new workers for every
+# epoch, each with a copy of the unused collator, so every epoch begins with the same generator: static masking, without a warning.
 # (persistent_workers=True, or no seed, avoids it.)
 #
 # Output seen:

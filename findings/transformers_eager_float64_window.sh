@@ -3,10 +3,10 @@
 #
 # Packages: transformers 5.24.0, torch 2.13.0. A random Mistral of two layers, right-padded texts, sliding_window=4.
 #
-# Whoever wants a reference for a test takes the model in float64, since that is the more exact one. The mask holds the
-# smallest float64; eager attention casts scores to float32 for its softmax, where that is minus infinity. A padding token whose
-# window holds padding alone then has a row of nothing but minus infinity, so its output is NaN, and in the next layer NaN
-# times a probability of zero reaches the real tokens of that text. In float32, bfloat16 and float16 the smallest number
+# A test may use the model in float64 as an exact reference. The mask then holds the smallest float64; eager attention casts
+# scores to float32 for its softmax, where that is minus infinity. A padding token whose window has only padding then has a row
+# of only minus infinity, so its output is NaN, and in the next layer NaN times a probability of zero reaches the text's real
+# tokens. In float32, bfloat16 and float16 the smallest number
 # stays finite, and sdpa does not cast. (By the same cast eager attention in float64 has float32's error.)
 #
 # Output seen (does a real token have NaN, for texts of 9, 4 and 2 tokens padded to 9):

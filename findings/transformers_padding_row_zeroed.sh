@@ -4,8 +4,8 @@
 # Packages: transformers 5.24.0, torch 2.13.0.
 #
 # Loading a checkpoint that holds every parameter should leave every parameter as it was saved. For ChineseCLIPTextModel the row of
-# the padding token in `word_embeddings.weight` is zero afterwards, whatever the file has there, and nothing is said: what the model
-# computes of an id equal to pad_token_id that is not masked, or of a row somebody trained, differs from before it was saved. The
+# the padding token in `word_embeddings.weight` is zero afterwards, whatever the file has there, without a warning: for an unmasked
+# id equal to pad_token_id the loaded model computes something else than the saved one. The
 # initialisation of a freshly made model zeroes that row through a slice of the parameter, and the slice does not carry the mark by
 # which initialisation leaves loaded parameters alone. BertModel, made and loaded in the same way, keeps the row.
 #

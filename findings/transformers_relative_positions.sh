@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# transformers: a BERT with position_embedding_type="relative_key" is built with absolute positions, and says so nowhere.
+# transformers: a BERT with position_embedding_type="relative_key" is built with absolute positions, without a warning.
 #
 # Packages: transformers 5.24.0, torch 2.13.0.
 #
 # Up to transformers 4 "relative_key" and "relative_key_query" gave every layer a table `distance_embedding`. In 5 the setting is still
 # accepted and kept in the config, but no layer has such a table: a checkpoint trained with relative positions computes
-# something else (its tables are reported as unexpected keys at best), and a model made anew is an absolute one.
+# something else (its tables are reported as unexpected keys at best), and a new model has absolute positions.
 #
 # Output seen (parameters that have to do with positions, for all three settings the same):
 #   absolute             embeddings.position_embeddings.weight

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# transformers: whole-word masking takes a Chinese sentence for one word, and masks all of it or none of it.
+# transformers: whole-word masking treats a Chinese sentence as one word, and masks all of it or none of it.
 #
 # Packages: transformers 5.24.0, tokenizers 0.23.3, torch 2.13.0.
 #

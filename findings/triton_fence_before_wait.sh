@@ -5,11 +5,10 @@
 #
 # The loop makes k out of narrow loads (through registers, stored to shared memory) and copies v asynchronously
 # (`cp.async`). wgmma reads shared memory through the asynchronous proxy, and PTX asks for a `fence.proxy.async` between writes
-# of ordinary threads, `cp.async` among them, and such a read: after the copy's wait, before the product. Triton inserts fences
-# by which buffers were written since the last fence. It takes a `cp.async` for a write where the copy *starts*, so the fence
-# for k, which lies between the start of the copy and its wait, counts for v too. Where v is loaded before the first product the
-# wait stands there as well, and one fence after it serves both. So in a kernel of one's own: load everything before the first
-# product of the loop.
+# of ordinary threads, `cp.async` among them, and such a read: after the copy's wait, before the product. Triton inserts a fence
+# if a buffer was written since the last one. It counts a `cp.async` as a write where the copy *starts*, so the fence for k, which
+# is between the start of the copy and its wait, counts for v too. If v is loaded before the first product, its wait is there as
+# well, and one fence after it serves both. So load everything before the first product of the loop in your own kernels.
 #
 # Output seen:
 #   v loaded before the products: wait of the copies, fence, product, product

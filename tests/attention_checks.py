@@ -1,4 +1,4 @@
-"""Calls of the Triton attention in every variant, held to float64."""
+"""Calls of the Triton attention in every variant, compared with float64."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 
 def random_qkv(lengths_q, lengths_k=None, heads=2, kv_heads=None, head_dim=32):
-    """q, k, v of packed sequences in float64: what each dtype rounds."""
+    """q, k, v of packed sequences in float64, before they are rounded to a dtype."""
     rows_q, rows_k = sum(lengths_q), sum(lengths_q if lengths_k is None else lengths_k)
     kv_heads = heads if kv_heads is None else kv_heads
     shapes = ((rows_q, heads, head_dim), (rows_k, kv_heads, head_dim), (rows_k, kv_heads, head_dim))
@@ -26,7 +26,7 @@ def random_qkv(lengths_q, lengths_k=None, heads=2, kv_heads=None, head_dim=32):
 
 
 def padded_of(packed, lengths, width, fill=float("nan")):
-    """[T, ...] -> [B, width, ...], padding poisoned."""
+    """Packed [T, ...] as padded [B, width, ...], whose padding is NaN."""
     out = packed.new_full((len(lengths), width, *packed.shape[1:]), fill)
     for row, sequence in zip(out, packed.split(lengths), strict=True):
         row[: len(sequence)] = sequence
@@ -38,7 +38,7 @@ def lengths_tensor(lengths):
 
 
 def options_of(name, lengths_q, lengths_k=None, heads=2, head_dim=32):
-    """The keyword arguments of one variant, floating point ones in float64."""
+    """The keyword arguments of one variant; floating-point tensors are float64."""
     batch, width_q = len(lengths_q), max(lengths_q)
     width_k = max(lengths_q if lengths_k is None else lengths_k)
     double = {"dtype": torch.float64, "device": DEVICE}
@@ -64,7 +64,7 @@ def options_of(name, lengths_q, lengths_k=None, heads=2, head_dim=32):
 
 
 def cast(value, dtype):
-    """Floating point tensors, also inside tuples, in dtype."""
+    """The value with its floating-point tensors in dtype, those inside tuples too."""
     if isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):
         return tuple(cast(v, dtype) for v in value)
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -72,7 +72,7 @@ def cast(value, dtype):
 
 def run(op, qkv, args, options, upstream, dtype):
     """o, lse and the gradients of q, k, v (and bias) for upstream gradients (do, dlse), all by name."""
-    # detached: `.to` of the same dtype is the same tensor, and two runs would add up in one .grad
+    # detached, because `.to` of the same dtype returns the same tensor, and two runs would add up in its .grad
     leaves = {n: t.detach().to(dtype).requires_grad_() for n, t in zip("qkv", qkv, strict=True)}
     options = {n: cast(v, dtype) for n, v in options.items()}
     if options.get("bias") is not None:
@@ -96,7 +96,7 @@ def random_upstream():
 
 
 def check(qkv, args, options, dtype, padded=False):
-    """Ours against float64, with the budget that plain torch in the same dtype sets."""
+    """Compares ours with float64; the error of plain torch in the same dtype sets the budget."""
     ours_op = kernels.attention_padded if padded else kernels.attention
     reference_op = reference.attention_padded if padded else reference.attention
     upstream = random_upstream()

@@ -1,10 +1,10 @@
-"""`fastbert` as the shell calls it, in this process."""
+"""`fastbert` as a shell calls it, in this process."""
 
 from fastbert.cli.main import main
 
 
 def run(*argv) -> int:
-    """The exit status of `fastbert ARGV...`; what is no text, such as a path or a number, becomes one."""
+    """Runs `fastbert ARGV...`, each argument as a string, and returns the exit status."""
     try:
         return main([str(word) for word in argv])
     except SystemExit as leaving:  # argparse

@@ -7,7 +7,7 @@ from compression_models import table, tuned
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A folder as `fastbert finetune` leaves one, which no test changes."""
+    """A folder as `fastbert finetune` writes it. No test changes this folder."""
     return tuned(tmp_path_factory.mktemp("made") / "teacher")
 
 

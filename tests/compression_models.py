@@ -21,7 +21,7 @@ needs_products = pytest.mark.skipif(why_not() is not None, reason=f"no 8-bit pro
 
 
 def config_of(**changes) -> BertConfig:
-    """Three layers of 4 heads of 16."""
+    """A config of three layers with 4 heads of width 16."""
     sizes = {
         "vocab_size": len(PIECES), "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
         "intermediate_size": 96, "max_position_embeddings": 40, "initializer_range": 0.2,
@@ -35,7 +35,7 @@ def tuned(folder: Path, **changes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = heads.BertForSequenceClassification(config_of(**changes))
-    with torch.no_grad():  # biases and LayerNorms that are not what they begin as
+    with torch.no_grad():  # biases and LayerNorms no longer at their initial values
         for p in model.parameters():
             if p.ndim == 1:
                 p.add_(torch.randn(p.shape, dtype=p.dtype, device="cpu"), alpha=0.1)
@@ -55,7 +55,7 @@ def table(path: Path, count: int) -> Path:
 
 
 def stopped_after(monkeypatch, steps: int) -> None:
-    """Trainings stop after so many steps, as on Ctrl-C, until the patch is undone."""
+    """Stops every training after `steps` steps, as Ctrl-C does, until the patch is undone."""
     of_step = Run._step
     monkeypatch.setattr(
         Run, "_step", lambda run, step, epoch, asked: of_step(run, step, epoch, [2] * (run.progress.step + 1 == steps))

@@ -4,9 +4,9 @@
              which runs the kernels' source; FASTBERT_TEST_ARCH=sm_90 (sm_80, sm_100, sm_120) runs them compiled for
              that architecture instead, their PTX executed by `fastbert.emulator`
     cpp      what a machine without a GPU runs as installed: the C++ operators, and no interpreter
-    torch    the same where those were not built: PyTorch's own operators
+    torch    what such a machine runs where the C++ operators could not be built: PyTorch's own operators
 
-A test that computes the same in several ways runs only once (`_ways`). By its mark, or its parameter `impl`:
+A test that would compute the same in several ways runs in one only (`_ways`). Its mark or its parameter `impl` decides:
 
     once                       does not depend on the way: runs in `triton` only
     impl="reference"           is plain torch in every way: runs in `triton` only
@@ -77,7 +77,7 @@ def _impl(item) -> str | None:
 
 
 def _ways(item) -> tuple[str, ...]:
-    """In which ways a test computes what it computes in no other."""
+    """The ways in which a test runs: those in which it computes something that no other way tests."""
     impl = _impl(item)
     if item.get_closest_marker("once") or item.get_closest_marker("triton") or impl in ("triton", "reference"):
         return ("triton",)
@@ -89,7 +89,7 @@ def _ways(item) -> tuple[str, ...]:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what another way tests; skips what needs Triton, or the C++ operators, where those do not run."""
+    """Deselects what another way tests; skips what needs Triton or the C++ operators where these do not run."""
     from fastbert.functional import why_not_triton
     from fastbert.kernels.cpu import operators as cpp
 
@@ -114,32 +114,48 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def hearing() -> list[str]:
-    """Words before a command that is to hear Ctrl-C: a shell starts its background jobs, of which the tests may be one,
-    with SIGINT ignored, and what is ignored is inherited."""
+    """What stands before a command that must react to Ctrl-C. A shell starts its background jobs, such as the tests,
+    with SIGINT ignored, and child processes inherit this."""
     code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     return [sys.executable, "-c", code]
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """A checkpoint of one small layer whose words are the letters."""
-    from fastbert import BertConfig, BertModel
+def saved_by():
+    """saved_by(f): (result of f(), {address: bytes} of the storages that autograd saves meanwhile)."""
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    folder = tmp_path_factory.mktemp("model")
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=32, initializer_range=0.5,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    return folder
+    def saved_by(f) -> tuple:
+        storages = {}
+
+        def pack(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return f(), storages
+
+    return saved_by
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint of one small layer. Its vocabulary is the letters."""
+    from small_bert import save_bert
+
+    return save_bert(tmp_path_factory.mktemp("model"), max_position_embeddings=32, initializer_range=0.5)
 
 
 @pytest.fixture(scope="session")
 def kernels_of():
-    """kernels_of(f): the kernels that f() would launch, each told apart by all that it is compiled for. None runs."""
+    """kernels_of(f): the kernels that f() would launch, one for each way in which a kernel is compiled. None runs."""
     if _device.INTERPRETING:
         pytest.skip("the interpreter compiles no kernels")
     from fastbert.emulator.driver import offline
@@ -155,10 +171,10 @@ def kernels_of():
 
 @pytest.fixture
 def waits(monkeypatch):
-    """waits(f): what f() calls that would wait for a device if its tensors lay on one, in order: whatever reads values
-    on the host. (Methods are replaced: of torch's modes `accelerate` would take notice.)"""
+    """waits(f): the methods that read values on the host, in the order in which f() calls them. On a GPU each would
+    wait for the device. (The methods are replaced, because `accelerate` would notice a mode of torch.)"""
     seen: list[str] = []
-    # what is looked at on a CPU is not looked at on a device
+    # some checks read values on a CPU, but not on a GPU
     monkeypatch.setattr("fastbert.kernels._checks.can_look", lambda t: False)
 
     def counted(name: str):
@@ -187,7 +203,7 @@ def waits(monkeypatch):
 
 
 class Watch:
-    """A clock that stands still but for those who sleep by it, and a microsecond at every look."""
+    """A clock that advances only by what its `sleep` is asked for, and by a microsecond at every reading."""
 
     def __init__(self):
         self.now = 0.0
@@ -202,8 +218,7 @@ class Watch:
 
 @pytest.fixture
 def watch(monkeypatch) -> Watch:
-    """The benchmark's time, for a test whose rows sleep by `timing.time.sleep`: how busy the machine is changes
-    nothing."""
+    """Replaces the benchmark's clock, for rows that call `timing.time.sleep`: the machine's load does not matter."""
     from benchmarks.harness import timing
 
     watch = Watch()
@@ -229,7 +244,7 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of data that is not part of the repository: beside it, or beside the folder that it lies in."""
+    """The folder of data that is not part of the repository: beside the repository, or one level higher."""
     root = Path(__file__).resolve().parent.parent
     for folder in (root.parent / "shared", root.parent.parent / "shared"):
         if folder.is_dir():

@@ -1,4 +1,4 @@
-"""Tables of short texts for the tests of corpora, and how those encode them."""
+"""Tables of short texts for the tests of corpora, and functions that encode them."""
 
 import csv
 import hashlib
@@ -28,7 +28,7 @@ def texts_of(count, seed=0):
 
 
 def table_of(count, seed=0):
-    """Columns number, text, tags (lists) and facts (structs)."""
+    """A table with the columns number, text, tags (lists) and facts (structs)."""
     return pa.table(
         {
             "number": range(count),
@@ -46,14 +46,14 @@ def write(path, table, **options):
 
 
 def write_arrow(path, table, rows=None, new=pa.ipc.new_file, **options):
-    """An Arrow file, or a stream, with so many rows in a record batch."""
+    """Writes an Arrow file, or a stream, with `rows` rows in each record batch."""
     with new(path, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as sink:
         sink.write_table(table, max_chunksize=rows)
     return path
 
 
 def every_kind(folder, count):
-    """The same rows in every kind of file; the names of the files."""
+    """Writes the same rows in every kind of file, and returns the names of the files."""
     table = table_of(count).select(["number", "text"])
     write(folder / "a.parquet", table)
     for name, new in (("b.arrow", pa.ipc.new_file), ("c.arrow", pa.ipc.new_stream), ("d.feather", pa.ipc.new_file)):
@@ -71,13 +71,13 @@ def job_of(folder, out, **options):
 
 
 def encode(folder, inputs, out, encoder=None, **options):
-    """The outcomes of a run over all that is missing."""
+    """The outcomes of a run that encodes all missing parts."""
     job, units = plan([str(path) for path in inputs], job_of(folder, out, **options))
     return list(CorpusEncoder(job, encoder).encode(Manifest(job.out).missing(units)))
 
 
 def done(outcomes):
-    """How many parts were made, where none failed."""
+    """Asserts that no part failed, and returns how many were made."""
     outcomes = list(outcomes)
     assert all(isinstance(outcome, Done) for outcome in outcomes), outcomes
     return len(outcomes)

@@ -1,8 +1,8 @@
-"""kill -9 of `fastbert encode --out-dir` at random moments: the next run ends with the same files, every time.
+"""kill -9 of `fastbert encode --out-dir` at random moments: the next run must always end with the same files.
 
     python tests/corpus_kills.py --kills 20 --seed 0 --workers 2
 
-With --workers 2 every other kill is of one worker alone. Prints a line a kill; 1 if any run ended with other files.
+With --workers 2 every other kill hits one worker alone. Prints a line for each kill; exits with 1 if files differed.
 """
 
 import argparse
@@ -17,31 +17,24 @@ import tempfile
 import time
 from pathlib import Path
 
-PATIENCE = 300  # seconds after which a run hangs
+from small_bert import save_bert
+
+PATIENCE = 300  # seconds; a run that takes longer counts as hanging
 ROWS, GROUP = 6000, 500
 
 
 def make_input(folder):
-    """A model of one small layer and a table of some thousand rows; (model, table)."""
+    """Makes a model of one small layer and a table of some thousand rows, and returns (model, table)."""
     import pyarrow as pa
-    import torch
     from pyarrow import parquet
 
-    from fastbert import BertConfig, BertModel
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-        max_position_embeddings=64, initializer_range=0.5,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder / "model")
-    (folder / "model" / "vocab.txt").write_text("\n".join(words) + "\n")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
+    model = save_bert(folder / "model", initializer_range=0.5, **sizes)
     choose = random.Random(0)
     texts = [" ".join(choose.choices("abcdefghij", k=choose.randint(1, 60))) for _ in range(ROWS)]
     table = pa.table({"number": range(ROWS), "text": texts})
     parquet.write_table(table, folder / "a.parquet", row_group_size=GROUP)
-    return folder / "model", folder / "a.parquet"
+    return model, folder / "a.parquet"
 
 
 def words_of(model, table, out, workers):
@@ -60,7 +53,7 @@ def start(*arguments):
 
 
 def finish(*arguments):
-    """Runs to the end. Raises: RuntimeError with what the command said where it failed."""
+    """Runs the command to its end. Raises: RuntimeError with the command's output if it failed."""
     process = start(*arguments)
     _, said = process.communicate(timeout=PATIENCE)
     if process.returncode:
@@ -85,7 +78,7 @@ def workers_of(process):
 
 
 def kill_at(process, out, seconds, of_worker):
-    """Kills the command, or one of its workers, some seconds after it began to write; how many parts counted then."""
+    """Kills the command, or one worker, some seconds after it began to write. Returns how many parts were complete."""
     began = out / "manifest" / "corpus.json"
     while process.poll() is None and not began.exists():
         time.sleep(0.002)
@@ -99,7 +92,7 @@ def kill_at(process, out, seconds, of_worker):
 
 
 def trials(folder, kills, seed, workers, finish=finish):
-    """Yields (seconds, parts that counted when it was killed, whether the files are equal at the end) of each kill."""
+    """Yields (seconds, parts that were complete at the kill, whether the files are equal at the end) of each kill."""
     model, table = make_input(folder)
     finish(model, table, folder / "whole", workers)
     whole = files_of(folder / "whole")

@@ -1,4 +1,4 @@
-"""Students and teachers of the tests of distilling, and the losses once more in plain torch, a text at a time."""
+"""Students and teachers for the tests of distilling, and the losses again in plain torch, one text at a time."""
 
 import copy
 import sys
@@ -20,7 +20,7 @@ from training_models import ALONE, PIECES, task_of
 CPU = torch.device("cpu")
 TEMPERATURE = 1.7
 PAIRS = ((0, 1), (2, 3))
-ALL = tuple(name for name in LOSSES if name != "minilm")  # which needs as many heads as the teacher has
+ALL = tuple(name for name in LOSSES if name != "minilm")  # minilm needs as many heads as the teacher has
 INNER = tuple(name for name in LOSSES if name not in ("labels", "logits"))
 
 
@@ -42,7 +42,7 @@ def recipe_of(*names: str, pairs=PAIRS, relation_heads: int = 4) -> Recipe:
 
 
 def distilled_of(kind: str, *names: str, width: int = 32, dropout: float = 0.0, impl: str = "native", pairs=PAIRS):
-    """(what is trained, task, windows): a student of three layers, a teacher of four that is 32 wide."""
+    """(the trained module, task, windows): a student of three layers, a teacher of four layers and of width 32."""
     task, _, windows = task_of(kind, 8)
     student = model_of(task, 3, width, seed=1, dropout=dropout, impl=impl)
     teacher = model_of(task, 4, seed=2, impl=impl)
@@ -53,7 +53,7 @@ def distilled_of(kind: str, *names: str, width: int = 32, dropout: float = 0.0, 
 def run_of(
     out: Path, kind: str, *names: str, width: int = 32, dropout: float = 0.3, processes: Processes = ALONE, **options
 ) -> Distilling:  # fmt: skip
-    """options: of Settings."""
+    """`options` are fields of Settings."""
     trained, task, windows = distilled_of(kind, *names, width=width, dropout=dropout)
     chosen = {"epochs": 2, "step_tokens": 60, "batch_tokens": 10**6, "lr": 1e-3, "seed": 3, **options}
     out.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def losses_of(trained, task, windows, divisor: Divisor) -> tuple[Tensor, ...]:
 
 
 def doubled(trained):
-    """The same in float64."""
+    """A copy of the trained module in float64."""
     both = copy.deepcopy(trained).double()
     both._beside = (copy.deepcopy(trained.teacher).double(),)
     return both
@@ -90,7 +90,7 @@ def gradients(trained, loss: Tensor) -> dict[str, Tensor]:
 
 
 def plain_losses(trained, task, windows, divisor: Divisor) -> dict[str, Tensor]:
-    """Every loss of the recipe, text after text; `windows` may be a part of the step that `divisor` is of."""
+    """Every loss of the recipe, text by text. `windows` may be a part of the step that `divisor` counts."""
     totals = {name: torch.zeros((), dtype=torch.float64) for name in trained.recipe.weights}
     for window in windows:
         for name, value in _of_text(trained, task, window).items():
@@ -176,7 +176,7 @@ def _answers(task, window, own, given) -> Tensor:
 
 
 if __name__ == "__main__":
-    # One of two processes, for the test of several: python distill_models.py DDP_OUT FSDP_OUT
+    # One of the two processes of the test with several processes: python distill_models.py DDP_OUT FSDP_OUT
     torch.set_num_threads(1)
     joined = Processes.join("cpu")
     for folder, fsdp in zip(sys.argv[1:], (False, True), strict=True):

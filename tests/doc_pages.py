@@ -21,14 +21,14 @@ CONLL = "Ada B-PER\nLovelace I-PER\nwrote O\nit O\n\na O\nshort O\ntext O\n"
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """(line of its first line, text) of every block of the language, which is all that stands behind the fence."""
+    """(number of its first line, text) of every block that has exactly `language` behind the fence."""
     pattern = re.compile(rf"^```{re.escape(language)}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     text = page.read_text(encoding="utf-8")
     return [(text[: found.start(1)].count("\n") + 1, found[1]) for found in pattern.finditer(text)]
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every shell command, without comments and variables of the environment; one with ... is left out."""
+    """The words of every shell command, without comments and environment variables. Commands with ... are left out."""
     lines = "\n".join(text for _, text in blocks(page, "sh")).replace("\\\n", " ").splitlines()
     found = []
     for line in lines:
@@ -41,19 +41,19 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def links(page: Path) -> list[str]:
-    """Targets within the repository, of links and pictures."""
+    """Targets of links and pictures that lie within the repository."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the page's headings in links."""
+    """The anchors that GitHub makes of the page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def make_models(folder: Path) -> None:
-    """Under the names that the pages use: the real MiniLM, and small models in place of the large ones."""
+    """Makes models under the names that the pages use: the real MiniLM, and small models in place of large ones."""
     import torch
 
     from fastbert import BertConfig, BertModel
@@ -76,7 +76,7 @@ def make_models(folder: Path) -> None:
 
 
 def run_blocks(language: str) -> None:
-    """The blocks of a page one after the other, with the names that those before them made."""
+    """Runs the blocks of each page in order. A block sees the names that earlier blocks of its page made."""
     for page in PAGES:
         names: dict[str, object] = {}
         for line, text in blocks(page, language):

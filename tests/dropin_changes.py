@@ -1,4 +1,4 @@
-"""A small BERT of transformers beside itself accelerated."""
+"""A small BERT of transformers, plain and accelerated."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn as nn
 
 import fastbert
 
-transformers = pytest.importorskip("transformers", reason="whose models are changed here")
+transformers = pytest.importorskip("transformers", reason="its models are changed here")
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -33,7 +33,7 @@ def batch_of(mask: torch.Tensor = MASK) -> dict[str, torch.Tensor]:
 
 def assert_same(ours: nn.Module, plain: nn.Module, rows: torch.Tensor = MASK, **batch) -> None:
     batch = batch or batch_of()
-    for gradients in (True, False):  # without them all layers may run in one call, which takes them from a list
+    for gradients in (True, False):  # without gradients all layers may run in one call, which reads them from a list
         with torch.set_grad_enabled(gradients):
             torch.manual_seed(2)
             want = plain(**batch)[0]

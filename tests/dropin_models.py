@@ -1,4 +1,4 @@
-"""Small models of transformers' families, batches of them, and their outputs held to float64."""
+"""Small models of transformers' families, batches for them, and comparisons of their outputs with float64."""
 
 import copy
 from functools import partial
@@ -11,7 +11,7 @@ from fastbert.dropin.families import FAMILIES
 from fastbert.stack.description import NormKind
 from fastbert.testing import assert_within_budget, relative_rms
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -21,7 +21,7 @@ WIDTH = 13
 HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
          "ForMultipleChoice")  # fmt: skip
 
-# transformers 4's own ALBERT cannot run a group of two layers
+# the ALBERT of transformers 4 cannot run a group of two layers
 GROUP = 2 if int(transformers.__version__.split(".")[0]) >= 5 else 1
 
 # family -> (prefix of its class names, settings of its config beyond SIZES, heads beyond HEADS)
@@ -45,8 +45,8 @@ _GROUPED = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
 _DECODER = _GROUPED | {"use_cache": False, "tie_word_embeddings": False}
 _T5 = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48, "relative_attention_num_buckets": 8,
        "relative_attention_max_distance": 10}  # fmt: skip
-# encoders with RMSNorm or norms of q and k: name of the class -> (of its config's, settings beyond SIZES). A window is
-# as wide as it can be without leaving padding that is read out of sight.
+# Encoders with RMSNorm or norms of q and k: class -> (class of its config, settings beyond SIZES). With a narrower
+# window these models would read padding, and would not be accelerated.
 RMS = {
     "EuroBertModel": ("EuroBertConfig", _GROUPED),
     "UltrabertModel": (
@@ -101,7 +101,7 @@ def config_of(family: str, **more):
 
 
 def build(family: str, head: str = "Model", **more) -> torch.nn.Module:
-    """A small model in evaluation mode; weights larger than at the start of training, so attention is not uniform."""
+    """A small model in evaluation mode. Its weights are larger than initial ones, so that attention is not uniform."""
     model = getattr(transformers, MODELS[family][0] + head)(config_of(family, **more)).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -138,7 +138,7 @@ def labels_of(head: str, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
 
 
 def assert_tensor(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, name: str) -> None:
-    """The budget; a tensor of few numbers may be right by luck, so it has twice that and some roundings more."""
+    """The budget. Plain torch may be right by luck in a small tensor, which gets twice that and some roundings."""
     if truth.numel() >= 64:
         assert_within_budget(ours, plain, truth, name=name)
     else:
@@ -149,14 +149,14 @@ def assert_tensor(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, 
 def three(
     model: torch.nn.Module, dtype: torch.dtype = torch.float32, impl: str = "native", padding: str = "zero"
 ) -> tuple:
-    """(accelerated, plain, truth) with one set of weights."""
+    """(accelerated, plain, truth) with the same weights."""
     rounded = model.to(dtype)
     ours = fastbert.accelerate(copy.deepcopy(rounded), impl=impl, padding=padding)
     return ours, rounded, exact(copy.deepcopy(rounded).double())
 
 
 def exact(model: torch.nn.Module) -> torch.nn.Module:
-    """The same model, whose norms compute in its dtype: transformers' own of the mean square compute in float32."""
+    """The same model with norms that compute in its dtype; the RMSNorms of transformers compute in float32."""
     for module in model.modules():
         kinds = [family.layer.norm for family in FAMILIES.values() if family.layer.norm is not None]
         kind = next((kind for kind in kinds if kind.rms and type(module).__name__ in kind.classes), None)
@@ -171,10 +171,10 @@ def _norm_of(module: torch.nn.Module, kind: NormKind, x: torch.Tensor) -> torch.
 
 
 def assert_gradients(ours, plain, truth, losses) -> None:
-    """All gradients together within the budget; each alone within what luck may do to one tensor in one batch, where
-    `test_every_parameter_within_twice_the_originals_error` looks at many.
+    """All gradients together are within the budget. A single tensor's error in a single batch depends on luck, so each
+    alone has a wider limit; `test_every_parameter_within_twice_the_originals_error` compares many batches.
 
-    Where the true gradient is zero (softmax does not see a shift of all its scores) only its size is looked at.
+    Where the true gradient is zero (a shift of all scores does not change a softmax), only its size is compared.
     """
     grads = []
     for model, loss in zip((ours, plain, truth), losses, strict=True):

@@ -1,4 +1,4 @@
-"""Recordings of launches without a GPU: a replay runs its function again over the same static buffers."""
+"""Recordings of launches without a GPU: a replay calls the recorded function again, on the same static buffers."""
 
 import copy
 from contextlib import nullcontext
@@ -11,7 +11,7 @@ import fastbert
 from fastbert.inference import graphs as recordings
 from fastbert.inference.graphs import Graphs
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 class Rerun:
-    """The device's part without the device: a replay is the function once more, into the same output."""
+    """Stands for the device: a replay calls the function once more, and the results go into the same output."""
 
     impls = ("triton", "native", "reference")
     error: str | None = None
@@ -52,7 +52,7 @@ class Rerun:
 
 
 def record_on_cpus(monkeypatch) -> type[Rerun]:
-    """For one test, launches of a CPU are recorded by `Rerun`; a recording fails with its `error` if one is set."""
+    """For one test, launches on a CPU are recorded by `Rerun`. A recording raises its `error`, if one is set."""
     monkeypatch.setitem(recordings.RECORDERS, "cpu", Rerun)
     monkeypatch.setattr(Rerun, "error", None)
     return Rerun
@@ -68,7 +68,7 @@ def build(name: str = "BertModel", **more) -> nn.Module:
 
 
 def pair(name: str = "BertModel", **more) -> tuple[nn.Module, nn.Module, Graphs]:
-    """(replaying, without graphs, the recordings) with one set of weights."""
+    """(model that replays, model without graphs, the recordings), both models with the same weights."""
     model = build(name, **more)
     plain = fastbert.accelerate(copy.deepcopy(model), impl="native", padding="zero")
     ours = fastbert.accelerate(model, impl="native", cuda_graphs=True, padding="zero")

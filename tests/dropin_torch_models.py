@@ -8,9 +8,9 @@ from torch import nn
 import fastbert
 
 WIDTH, LENGTHS = 9, torch.tensor([9, 4, 1])
-RIGHT = torch.arange(WIDTH) >= LENGTHS[:, None]  # True is padding, as torch has it
+RIGHT = torch.arange(WIDTH) >= LENGTHS[:, None]  # True means padding, as in torch
 LEFT = torch.arange(WIDTH) < WIDTH - LENGTHS[:, None]
-BAND = (torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)).abs() > 3  # True is forbidden
+BAND = (torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)).abs() > 3  # True means forbidden
 SCATTERED = torch.arange(WIDTH)[:, None] * 5 % 7 > torch.arange(WIDTH) * 3 % 8  # not a function of the distance
 SCATTERED.fill_diagonal_(False)
 SLOPE = -0.3 * (torch.arange(WIDTH)[:, None] - torch.arange(WIDTH)).abs().float()
@@ -42,7 +42,7 @@ def encoder(depth: int = 2, norm: bool = True, inner: int = 48, **options) -> nn
 
 
 def three(model: nn.Module, impl: str = "native") -> tuple:
-    """(accelerated, plain, truth) with one set of weights."""
+    """(accelerated, plain, truth) with the same weights."""
     return fastbert.accelerate(copy.deepcopy(model), impl=impl), model, copy.deepcopy(model).double()
 
 

@@ -1,6 +1,6 @@
-"""Runs of the operators that together launch every kernel at every value of every flag, on emulated PTX in minutes.
+"""Operator calls that together launch every kernel at every value of every flag, on emulated PTX in minutes.
 
-`test_emulated.py` executes them; `test_launch.py` counts what they launch, against all that `compile_calls` reach.
+`test_emulated.py` executes them; `test_launch.py` compares what they launch with all that `compile_calls` can launch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from fastbert.stack.shared import UNBOUNDED
 from fastbert.testing import INPUTS, MODELS, WITHOUT_GRADIENT, Check, ModelShape, compare, run_op
 
 TINY = MODELS["tiny"]
-WIDE = ModelShape(512, 8, 2048, 1)  # the first rung of every ladder of products
+WIDE = ModelShape(512, 8, 2048, 1)  # the first rung of each ladder of products
 ODD = ModelShape(41, 1, 51, 1)  # rows of 82 bytes: no bulk copies
-LENGTHS = (40, 100, 0, 200)  # one block, one tile, none, and the kernels with loops
+LENGTHS = (40, 100, 0, 200)  # one block, one tile, no tokens, and enough tokens for the kernels with loops
 SHORT = (40, 0, 9)
-DISTANCES = (70, 0, 9)  # two tiles a side, and a part of one
+DISTANCES = (70, 0, 9)  # two tiles on each side, and a part of one
 GROUPED = {"kv_heads": 1}
 EVERYTHING = {"bias": True, "mask": True, "alibi": True, "window": (24, 40), "rotary": True, "return_lse": True}
 IDS = {"dropout_p": 0.1, "return_lse": True}
 
 
 def _product(op: str, **options) -> list[Check]:
-    return _op(op, (_gemm_config.FEW_ROWS + 3,), **options)  # fewer rows are the vendor library's
+    return _op(op, (_gemm_config.FEW_ROWS + 3,), **options)  # fewer rows go to the vendor library
 
 
 def _op(op: str, lengths=(35,), model: ModelShape = TINY, dtype=torch.bfloat16, **options) -> list[Check]:
@@ -84,7 +84,7 @@ def _invariant(op: str, model: ModelShape, **options) -> list[Check]:
 
 
 def _frozen() -> list[Check]:
-    """Only x wants a gradient."""
+    """Only x needs a gradient."""
     weights = INPUTS["feed_forward"](TINY, [_gemm_config.FEW_ROWS + 3])
     x = weights.pop("x")
     weights = {name: w.bfloat16() if isinstance(w, torch.Tensor) else w for name, w in weights.items()}
@@ -100,7 +100,7 @@ def _frozen() -> list[Check]:
 
 
 def _linear(model: ModelShape) -> list[Check]:
-    """The product alone, all three layouts, by our kernel."""
+    """The product alone, in all three layouts, by our kernel."""
     inputs = INPUTS["linear_act"](model, [35])
     del inputs["activation"]
     return compare(_gemm.linear, torch.nn.functional.linear, inputs, torch.bfloat16)
@@ -126,7 +126,7 @@ def total_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _activate(activation: str, wanted: bool) -> list[Check]:
-    """The activation apart from the product, and what its backward pass is asked for."""
+    """The activation without the product; `wanted`: its backward pass also returns the activation's output."""
 
     def ours(h, g):
         dh, a, _ = feed_forward._activate_backward(g, h, activation, wanted, wanted)

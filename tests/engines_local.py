@@ -1,5 +1,5 @@
-"""Corpora by a real Ray and a real Spark on this machine. `make engines` installs both and runs this file and the
-examples; pytest does not find the file by itself. Spark needs Java."""
+"""Encodes corpora with a real Ray and a real Spark on this machine. `make engines` installs both and runs this file and
+the examples; pytest does not collect this file by itself. Spark needs Java."""
 
 import os
 import sys
@@ -34,7 +34,7 @@ def spark():
 
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory):
-    """A table, and the hashes of what one process makes of it."""
+    """A table, and the hashes of the files that one process makes from it."""
     where = tmp_path_factory.mktemp("alone")
     path = write(where / "a.parquet", table_of(500), row_group_size=50)
     encode(folder, [path], where / "out", **OPTIONS)
@@ -65,7 +65,7 @@ def test_spark_makes_the_same_files(folder, alone, spark, tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["ray", "spark"])
-def test_a_failed_part_is_told(engine, folder, request, tmp_path):
+def test_a_failed_part_is_reported(engine, folder, request, tmp_path):
     table = pa.table({"text": ["a", None, "b", "c"]})
     path, session = write(tmp_path / "a.parquet", table, row_group_size=2), request.getfixturevalue(engine)
     job = job_of(folder, tmp_path / "out", nulls="refuse", part_rows=2)
@@ -81,7 +81,7 @@ def test_a_failed_part_is_told(engine, folder, request, tmp_path):
 
 
 def test_rows_through_a_ray_dataset(folder, ray, tmp_path):
-    """Fixed-size lists survive, nulls too, and rows keep their vectors whatever order Ray gives them in."""
+    """Fixed-size lists and nulls survive, and rows keep their vectors in whatever order Ray returns them."""
     from fastbert.engines.batches import BatchEncoder
 
     texts = [*texts_of(60), None]

@@ -59,19 +59,19 @@ def product_of_transpose_kernel(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
 def softmax_row_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs)
-    tl.store(y_ptr + offs, tl.exp2(x - tl.max(x, 0)))  # all of x lives until its maximum is known
+    tl.store(y_ptr + offs, tl.exp2(x - tl.max(x, 0)))  # all of x stays in registers until its maximum is known
 
 
 @triton.constexpr_function
 def crash():
-    import os  # here, since Triton looks through the globals of what a kernel calls
+    import os  # imported here, because Triton reads the globals of what a kernel calls
 
     os.abort()
 
 
 @triton.jit
 def aborts_kernel(y_ptr):
-    tl.store(y_ptr, crash())  # the compiler itself dies of it
+    tl.store(y_ptr, crash())  # the compiler's process dies here
 
 
 def copy_rows(columns: int = 1024, block: int = 1024, unaligned: bool = False) -> None:
@@ -109,7 +109,7 @@ def refused() -> None:
 
 
 def on(arches: str, function: Callable) -> Callable:
-    """The function there, nothing elsewhere."""
+    """The function on these architectures; on others it does nothing."""
 
     @functools.wraps(function)
     def there(*args, **kwargs):
@@ -123,9 +123,9 @@ def compile_calls() -> list[CompileCall]:
     return [
         compile_call(copy_rows, "good", fast=True, wide_loads=[copy_rows_kernel]),
         compile_call(product, "good", fast=True),
-        # not on gfx942: Triton 3.9 never ends compiling it there
+        # not on gfx942, where Triton 3.9 never finishes compiling this kernel
         compile_call(on("sm_80 sm_90", product), "shared_over", stages=16),
-        compile_call(on("sm_80 sm_90", softmax_row), "spills"),  # only NVIDIA's takes a number of registers
+        compile_call(on("sm_80 sm_90", softmax_row), "spills"),  # only NVIDIA's compiler reports spills
         compile_call(on("sm_90", product), "too_few_registers", maxnreg=32),
         compile_call(on("sm_90", product), "small", side=16),
         compile_call(on("sm_90", product), "good_descriptors", descriptors=True),

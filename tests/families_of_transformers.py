@@ -1,6 +1,6 @@
-"""Every model of the installed transformers that reads text, small and accelerated: equal, left alone, or different.
+"""Compares each text model of the installed transformers, built small, with itself accelerated.
 
-    python -m tests.families_of_transformers                 all of them, minutes; docs/families.md is made of it
+    python -m tests.families_of_transformers                 all models, in minutes; makes the table of docs/families.md
     python -m tests.families_of_transformers bert esm        only these model types
 
 A model whose outputs differ from the original's is a fault, and the exit status is 1. `make full` runs it.
@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 import fastbert
 
 WORDS, PADDING = 99, 1
-# sizes under the names that configs have for them
+# small sizes, under the names that configs use
 SMALL = {
     32: ("hidden_size", "d_model", "dim", "embedding_size", "input_embedding_size", "output_embedding_size"),
     2: ("num_hidden_layers", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_key_value_heads",
@@ -34,7 +34,7 @@ SMALL = {
     66: ("max_position_embeddings", "n_positions"),
     WORDS: ("vocab_size",),
 }  # fmt: skip
-# what a config must say that its own defaults do not
+# settings that a small config needs beside its defaults
 MORE = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     "esm": {"pad_token_id": PADDING, "mask_token_id": 4, "vocab_size": WORDS, "position_embedding_type": "rotary"},
@@ -42,7 +42,7 @@ MORE = {
     "gemma3_text (bidirectional)": {"use_bidirectional_attention": True, "sliding_window": 20},
     "esmc": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8},
 }
-# encoders that no model type of their own names
+# encoders without a model type of their own
 TOWERS = {
     "align (text)": ("AlignTextModel", "AlignTextConfig"),
     "altclip (text)": ("AltCLIPTextModel", "AltCLIPTextConfig"),
@@ -63,8 +63,8 @@ TOWERS = {
     "umt5 (encoder)": ("UMT5EncoderModel", "UMT5Config"),
     "x_clip (text)": ("XCLIPTextModel", "XCLIPTextConfig"),
 }
-LARGEST = 30_000_000  # parameters: a config that the sizes above do not shrink
-SECONDS = 30  # for building one, and for running it
+LARGEST = 30_000_000  # parameters; a larger config is one that SMALL does not shrink
+SECONDS = 30  # limit for building a model, and for running it
 TOLERANCE = 1e-5  # for numbers near 1 in float32
 
 
@@ -72,7 +72,7 @@ def shrink(config: transformers.PreTrainedConfig, depth: int = 0) -> transformer
     for value, names in SMALL.items():
         for name in names:
             if isinstance(getattr(config, name, None), int):
-                # some names stand for several sizes at once, and cannot be set
+                # some names are properties that stand for several sizes, and cannot be set
                 with suppress(ValueError, NotImplementedError, AttributeError):
                     setattr(config, name, value)
     for value in list(vars(config).values()):
@@ -121,7 +121,7 @@ def build(kind: str) -> torch.nn.Module:
         if p.is_floating_point():
             torch.nn.init.normal_(p, std=0.2)
     if hasattr(made.config, "use_cache"):
-        made.config.use_cache = False  # a decoder that returns a cache runs its own code
+        made.config.use_cache = False  # a decoder that returns a cache is not accelerated
     return made.eval()
 
 
@@ -133,14 +133,14 @@ def batch_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def outcome(kind: str) -> tuple[str, str, str] | None:
-    """(class, "equal", "left alone" or "DIFFERENT", error or reason); None: it does not read text by itself, or cannot
-    be built small."""
+    """(class, "equal", "left alone" or "DIFFERENT", error or reason). None: the model does not read text alone, or
+    cannot be built small."""
     torch.manual_seed(0)
     try:
         with limit(SECONDS), torch.no_grad():
             model = build(kind)
             batch = batch_of(model)
-            torch.manual_seed(1)  # some draw numbers in evaluation too
+            torch.manual_seed(1)  # some models draw random numbers in evaluation too
             expected = model(**batch)[0]
     except Exception as error:
         print(f"{kind}: not built, or reads more than ids: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)

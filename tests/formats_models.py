@@ -1,4 +1,4 @@
-"""Checkpoints as other frameworks wrote them, and what is asked of all of them."""
+"""Checkpoints as other frameworks wrote them, and the checks that all of them must pass."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def folder_with(tmp_path: Path, name: str, *files: str) -> Path:
-    """A fixture's files, and others, in one folder as people have them."""
+    """A fixture's files, and others, in one folder, as users have them."""
     folder = tmp_path / name
     shutil.copytree(FIXTURES / name, folder)
     for file in files:
@@ -29,18 +29,18 @@ def folder_with(tmp_path: Path, name: str, *files: str) -> Path:
 
 
 def google_without_a_name(tmp_path: Path) -> Path:
-    """Google's layout, in a folder whose name says nothing of upper and lower case."""
+    """Google's layout, in a folder whose name does not say whether the model is cased."""
     return folder_with(tmp_path, "google_tf1", "bert_config.json", "vocab.txt").rename(tmp_path / "bert")
 
 
 def as_transformers_writes(google: Path) -> Path:
-    """The same in the layout of transformers, in a folder beside it whose name says as little."""
+    """The same checkpoint as transformers saves it, in a folder beside it whose name does not say it either."""
     convert(google, google.parent / "hf", lower_case=False, say=lambda line: None)
     return google.parent / "hf"
 
 
 def flip(path: Path, at: int) -> None:
-    """Another bit in the byte `at`."""
+    """Flips a bit of the byte `at`."""
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(bytes(data))

@@ -1,12 +1,12 @@
 """A seeded differential fuzz of the CPU operators: python tests/fuzz.py --seconds 600 --seed 1
 
 Each case draws an operator, sizes, a dtype, layouts of its tensors (offsets, strides, expanded rows), torch's defaults
-and whether gradients are wanted, computes with impl="native" and holds the results against the reference in float64,
-as `fuzz_budget` says. One case in four gets a wrong argument: that must raise, or give what the reference gives. One
-in 25 is a layer in training under autocast. A case is a function of its number alone: --first N --cases 1 runs it
-again.
-FASTBERT_CPP=0 takes torch's operators in place of the C++ ones, ATEN_CPU_CAPABILITY=avx2 the C++ ones without AVX-512;
-`make fuzz-asan` looks at every address that either library of C++ reads or writes.
+and whether gradients are wanted, computes with impl="native" and compares the results with the reference in float64,
+within the budget of `fuzz_budget`. One case in four gets a wrong argument: the call must raise, or return what the
+reference returns. One in 25 is a layer in training under autocast. A case depends on its number alone: --first N
+--cases 1 runs case N again.
+FASTBERT_CPP=0 tests torch's operators instead of the C++ ones, ATEN_CPU_CAPABILITY=avx2 the C++ without AVX-512; `make
+fuzz-asan` checks every address that either C++ library reads or writes.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 def laid_out(t: Tensor, rng: random.Random) -> Tensor:
-    """The same numbers somewhere else in memory: at an odd address, apart, transposed, or as they are."""
+    """The same numbers laid out differently: at an odd address, with gaps, transposed, or unchanged."""
     kind = rng.randrange(6)
     if kind == 0 and t.dim() > 1:
         wide = t.new_empty(*t.shape[:-1], t.shape[-1] + rng.choice((1, 8, 16)))
@@ -113,7 +113,7 @@ def laid_out(t: Tensor, rng: random.Random) -> Tensor:
 
 @contextlib.contextmanager
 def defaults(rng: random.Random):
-    """Torch's defaults as another part of a program may have set them."""
+    """Sets torch's defaults as another part of a program might."""
     with torch.device("meta") if rng.random() < 0.15 else contextlib.nullcontext():
         torch.set_default_dtype(rng.choice((torch.float32,) * 3 + (torch.float64, torch.float16, torch.bfloat16)))
         try:
@@ -123,7 +123,7 @@ def defaults(rng: random.Random):
 
 
 def spoil(op: str, inputs: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """One argument made wrong."""
+    """The inputs with one argument made wrong."""
     tensors = [n for n, t in inputs.items() if isinstance(t, Tensor)]
     name, kind = rng.choice(tensors), rng.randrange(7)
     t = inputs[name]
@@ -132,9 +132,9 @@ def spoil(op: str, inputs: dict[str, Any], rng: random.Random) -> dict[str, Any]
     if kind == 1:
         floats, others = (torch.float64, torch.float16), (torch.int32, torch.int64, torch.bool)
         if op == "int8_layer" and name in IN_8_BITS:
-            floats = ()  # such a weight may be in any floating-point dtype, whatever x is in
+            floats = ()  # these weights may have any floating-point dtype, whatever the dtype of x
         elif (op, name) == ("int8_linear", "x"):
-            floats = floats[1:]  # in float64 too, where the reference is the exact product
+            floats = floats[1:]  # float64 is allowed: there the reference is the exact product
         return inputs | {name: t.to(rng.choice((*floats, *others)))}
     if kind == 2 and t.dim() and t.shape[-1]:
         return inputs | {name: t[..., :-1]}
@@ -150,7 +150,7 @@ def spoil(op: str, inputs: dict[str, Any], rng: random.Random) -> dict[str, Any]
 
 
 def same_as_reference(op: str, inputs: dict[str, Any], dtype: torch.dtype, compute: Compute) -> bool:
-    """Whether the reference takes these arguments too, and gives the same."""
+    """Whether the reference also takes these arguments, and gives the same result."""
     try:
         return not list(differences(op, inputs, dtype, [], compute))
     except REFUSALS:
@@ -158,13 +158,14 @@ def same_as_reference(op: str, inputs: dict[str, Any], dtype: torch.dtype, compu
 
 
 def run_adamw(rng: random.Random) -> str | None:
-    """A step of some tensors at odd addresses, and their gradients' norm, beside float64; or one tensor too short."""
+    """Compares an AdamW step over tensors at odd addresses, and their gradients' norm, with float64; or passes a tensor
+    that is too short."""
     dtype = rng.choice(cpp.dtypes())
     shapes = [rng.choice(((), (1,), (7, 3), (5, 48), (0, 8), (4099,), (40, 33))) for _ in range(rng.randrange(1, 5))]
     tensors = []
     for shape in shapes:
         p, g, mean, square = torch.randn(4, *shape, dtype=torch.float32, device="cpu").to(dtype)
-        if shape and rng.random() < 0.7:  # rows at rest, and rows that get their first gradient
+        if shape and rng.random() < 0.7:  # some rows never had a gradient, others get their first one
             g[::2], mean[:], square[:] = 0.0, 0.0, 0.0
         tensors.append([at_an_offset(t, rng) for t in (p, g, mean, square.abs())])
     decay, scale = rng.choice((0.0, 0.1)), rng.choice((1.0, 0.3))
@@ -199,7 +200,7 @@ def run_adamw(rng: random.Random) -> str | None:
 
 
 def at_an_offset(t: Tensor, rng: random.Random) -> Tensor:
-    """The same numbers, contiguous, at any address."""
+    """A contiguous copy at any address."""
     offset = rng.randrange(0, 9)
     flat = t.new_empty(t.numel() + offset)
     flat[offset:] = t.flatten()
@@ -207,7 +208,7 @@ def at_an_offset(t: Tensor, rng: random.Random) -> Tensor:
 
 
 def draw_layer(rng: random.Random) -> tuple[str, dict[str, Any]]:
-    """A layer of sizes that the C++ takes in training, as `draw` gives it."""
+    """A layer of sizes that the C++ takes in training, in the form that `draw` returns."""
     heads, head_dim = rng.choice((1, 2, 4)), rng.choice((16, 32, 64))
     shape = ModelShape(heads * head_dim, heads, rng.choice((32, 64, 96)), 1, vocab=2)
     options = {"activation": rng.choice(("gelu", "gelu_tanh", "relu")), "dropout_p": rng.choice((0.0, 0.3))}
@@ -215,11 +216,11 @@ def draw_layer(rng: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 def run_case(number: int) -> str | None:
-    """None, or what went wrong."""
+    """What went wrong in this case, or None."""
     rng = random.Random(number)
     torch.manual_seed(number)
     kind = number % 25
-    if kind == 24 and cpp.dtypes():  # no operator of `functional`
+    if kind == 24 and cpp.dtypes():  # AdamW is no operator of `functional`
         wrong = run_adamw(rng)
         return f"case {number}: AdamW: {wrong}" if wrong else None
     if kind == 13:
@@ -232,10 +233,10 @@ def run_case(number: int) -> str | None:
 def run_operator(
     number: int, rng: random.Random, op: str, inputs: dict[str, Any], dtype: torch.dtype, trains: bool
 ) -> str | None:
-    """None, or what went wrong with these float32 arguments in `dtype`. trains: gradients are wanted in any case."""
+    """What went wrong with these float32 arguments in `dtype`, or None. trains: gradients are always wanted."""
     if op in INFERENCE and dtype == torch.float64:
         dtype = torch.float32
-    # The C++ takes contiguous tensors of some sizes alone: half of all cases have no others, and few have many.
+    # For some sizes the C++ takes contiguous tensors only: half of all cases have no others, and few have many.
     elsewhere = rng.choice((0.0, 0.0, 0.2, 1.0))
     for name, t in inputs.items():
         if isinstance(t, Tensor) and t.is_floating_point() and name not in NUMBERS:
@@ -245,10 +246,11 @@ def run_operator(
     wanted = [n for n in floating if rng.random() < 0.8] if has_gradients else []
     what = f"case {number}: {op} in {dtype}, gradients of {wanted}"
     if torch.is_autocast_enabled("cpu"):
-        what, dtype = f"{what}, under autocast", torch.get_autocast_dtype("cpu")  # whose rounding the budget has
+        # the budget is that of autocast's dtype
+        what, dtype = f"{what}, under autocast", torch.get_autocast_dtype("cpu")
 
     def compute(inputs: dict[str, Any]) -> Computed:
-        """Under torch's defaults of this case."""
+        """Computes under torch's defaults of this case."""
         with defaults(copy.copy(rng)):
             return results(op, inputs, "native", wanted)
 
@@ -261,7 +263,7 @@ def run_operator(
         except Exception as error:
             return f"{what}: a wrong argument raised {type(error).__name__}: {error}"
         if any(not o.is_cpu for o in ours.values()):
-            return None  # all of it was on meta
+            return None  # all tensors were on meta
         return None if same_as_reference(op, wrong, dtype, compute) else f"{what}: a wrong argument was taken"
     wrong = list(differences(op, inputs, dtype, wanted, compute))
     return f"{what}: {'; '.join(wrong)}" if wrong else None
@@ -270,7 +272,7 @@ def run_operator(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="stop after so long")
-    parser.add_argument("--seed", type=int, default=0, help="of the first case: cases of two seeds are different ones")
+    parser.add_argument("--seed", type=int, default=0, help="two seeds have different cases")
     parser.add_argument("--first", type=int, default=0, help="number of the first case within the seed")
     parser.add_argument("--cases", type=int, default=sys.maxsize, help="stop after so many")
     parser.add_argument("--libraries", type=Path, help="folder of C++ operators, in place of those installed")

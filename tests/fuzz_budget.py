@@ -1,7 +1,7 @@
-"""Whether a result of the fuzz is within its budget: twice the error of the reference in the same dtype, and rounding.
+"""Whether a result of the fuzz is within its budget: twice the error of the reference in the same dtype, plus rounding.
 
-Where few numbers are compared, or one row decides, both errors are a matter of chance: a result that is out of its
-budget is computed again from `NEIGHBOURS` of the inputs, and the errors of all of them together are compared.
+With few numbers, or where one row decides, both errors depend on chance. So a result outside its budget is computed
+again from `NEIGHBOURS` variants of the inputs, and the errors of all of them are compared together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from fuzz_operators import results
 
 NUMBERS = ("alibi_slopes", "rotary")  # stay float32
-# What float16 and bfloat16 round a result of 1 by, and float32's sums in another order.
+# Rounding of a result near 1 in float16 and bfloat16; in float32, the effect of another order of summation.
 SLACK = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 NEIGHBOURS = 32
 
@@ -32,11 +32,11 @@ def rms(t: Tensor) -> float:
 
 
 def least_size(op: str, name: str, inputs: dict[str, Any], true: Tensor) -> float:
-    """What a result is taken to be at least, for its rounding.
+    """The least size that a result is taken to have, for its rounding.
 
-    The gradients of q, k, pk and pq vanish where every text has one key, as the difference of two equal numbers:
-    what is left is those numbers' rounding. Where all rows of the loss's weight are one, so are all logits of a row,
-    and plain torch loses nothing, since it rounds them alike: what is left here is the rounding of large logits.
+    Where every text has one key, the gradients of q, k, pk and pq are differences of two equal numbers: only the
+    rounding of these numbers remains. Where all rows of the loss's weight are equal, so are all logits of a row, and
+    plain torch has no error, since it rounds them alike: ours has the rounding of large logits.
     """
     if op == "linear_cross_entropy" and not inputs["weight"].double().diff(dim=0).any():
         logits = rms(inputs["hidden"].double() @ inputs["weight"].double().T)
@@ -52,9 +52,9 @@ def least_size(op: str, name: str, inputs: dict[str, Any], true: Tensor) -> floa
 
 
 def rounding_of_scores(inputs: dict[str, Any]) -> float:
-    """What a float32 logsumexp of attention's scores is rounded by, at most. The gradients of torch's SDPA, and of the
-    Triton kernels, are as much off to one side: these make probabilities of the scores and that number again."""
-    if "qkv" in inputs:  # of a layer
+    """The largest rounding error of a float32 logsumexp of attention's scores. The gradients of torch's SDPA and of the
+    Triton kernels have a bias as large, because both compute probabilities from the scores and that number."""
+    if "qkv" in inputs:  # a layer's inputs
         qkv = inputs["x"].double() @ inputs["qkv"].double().T + inputs["qkv_bias"].double()
         q, k, _ = qkv.unflatten(1, (3, inputs["heads"], -1)).to(inputs["x"].dtype).unbind(1)
     else:
@@ -66,7 +66,7 @@ def rounding_of_scores(inputs: dict[str, Any]) -> float:
 
 
 class Judged(NamedTuple):
-    """One result's error against float64, that of the reference in the same dtype, and what every budget adds."""
+    """The error of one result against float64, that of the reference in the same dtype, and what every budget adds."""
 
     error: float
     plain: float
@@ -80,14 +80,14 @@ Compute = Callable[[dict[str, Any]], Computed]
 def judged(
     op: str, inputs: dict[str, Any], dtype: torch.dtype, wanted: list[str], ours: Computed
 ) -> Iterator[tuple[str, Judged | str]]:
-    """(name, errors) of each of `ours`, or (name, what is wrong) of one that is not to be compared."""
+    """(name, errors) of each of `ours`, or (name, what is wrong) if the values cannot be compared."""
     plain = {n: t.contiguous() if isinstance(t, Tensor) else t for n, t in inputs.items()}
     truth = results(op, {n: exact(t) for n, t in plain.items()}, "reference", wanted)
     same = results(op, plain, "reference", wanted)
-    rounded = [(same, 1.0)]  # results of plain torch, and which share of their errors counts
-    if any(plain[n] is not t for n, t in inputs.items()):  # torch adds up in another order where a tensor lies apart
+    rounded = [(same, 1.0)]  # results of plain torch, and the share of their errors that counts
+    if any(plain[n] is not t for n, t in inputs.items()):  # torch sums strided tensors in another order
         rounded.append((results(op, inputs, "reference", wanted), 1.0))
-    if dtype == torch.float64:  # the truth is rounded too: by as much less than float32 as its epsilon is smaller
+    if dtype == torch.float64:  # the truth is rounded too, by as much less than float32 as its epsilon is smaller
         narrow = {n: t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for n, t in plain.items()}
         share = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         rounded.append((results(op, narrow, "reference", wanted), share))
@@ -98,7 +98,7 @@ def judged(
             continue
         keep = true.isfinite()
         if not torch.equal(found.isfinite(), same[name].isfinite()) and not torch.equal(found.isfinite(), keep):
-            yield name, "is finite elsewhere than the reference"
+            yield name, "is not finite where the reference is finite, or the other way round"
             continue
         keep &= same[name].isfinite()
         # the loss is documented to be float32
@@ -116,8 +116,7 @@ def together(parts: list[Judged]) -> Judged:
 
 
 def neighbour(inputs: dict[str, Any], number: int) -> dict[str, Any]:
-    """The inputs, each tensor times a factor of its own, where it lay: zeros and equal rows stay, and all rounding is
-    drawn anew."""
+    """The inputs, each tensor times a factor, in the same layout. Zeros and equal rows stay; all rounding differs."""
     rng, found = random.Random(number), dict(inputs)
     for name, t in inputs.items():
         if isinstance(t, Tensor) and t.is_floating_point() and name not in NUMBERS and t.is_cpu:
@@ -129,7 +128,7 @@ def neighbour(inputs: dict[str, Any], number: int) -> dict[str, Any]:
 def differences(
     op: str, inputs: dict[str, Any], dtype: torch.dtype, wanted: list[str], compute: Compute
 ) -> Iterator[str]:
-    """What is out of its budget."""
+    """The results that are outside their budget, in words."""
     found = dict(judged(op, inputs, dtype, wanted, compute(inputs)))
     yield from (f"{name} {wrong}" for name, wrong in found.items() if isinstance(wrong, str))
     out = {n: [j] for n, j in found.items() if isinstance(j, Judged) and not j.error <= 2 * j.plain + j.floor}

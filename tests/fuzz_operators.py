@@ -1,4 +1,4 @@
-"""What the fuzz calls: the operators of `functional`, and layers and products in 8 bits that have no name there."""
+"""What the fuzz calls: the operators of `functional`, and layers and 8-bit products, which are not in `functional`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastbert.kernels.cpu import operators as cpp
 
 
 def encoder_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, heads: int, *, impl: str, **rest: Any) -> Tensor:
-    """A whole layer: in one call of C++ each way where that takes it, else by its operators one by one."""
+    """A whole layer: in one C++ call each way where the C++ takes it, else operator by operator."""
     if impl == "native" and not rest.get("dropout_p") and not torch.is_grad_enabled():
         projections = dict(zip(("query", "key", "value"), rest["qkv"].chunk(3), strict=True))
         projections |= dict(zip(("query_bias", "key_bias", "value_bias"), rest["qkv_bias"].chunk(3), strict=True))
@@ -37,11 +37,11 @@ def rounded(weight: Tensor, largest: int) -> Tensor:
 
 
 def int8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, *, impl: str) -> Tensor:
-    """A product in 8 bits, in float32. The reference in float64 is exact; in other dtypes it has one range for each
-    row."""
+    """A product in 8 bits, in float32. The reference is exact in float64; in other dtypes it rounds x to integers, with
+    one range for each row."""
     if impl == "native" and int8.fits(weight):
         return int8.Int8Weight(weight, bias).linear(x, activation).float()
-    if impl == "native":  # such a layer of a model stays what it is
+    if impl == "native":  # `quantize` leaves such a layer in floating point
         y = F.linear(x, weight, bias, impl="native").float()
         return y if activation is None else reference.activate(y, activation)
     if x.dtype == torch.float64:
@@ -55,7 +55,7 @@ def int8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None,
 
 
 def int8_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, heads: int, *, impl: str, **rest: Any) -> Tensor:
-    """A whole layer in 8 bits. The reference has weights of 6 bits in dtypes other than float64, and rounds no x."""
+    """A whole layer in 8 bits. In dtypes other than float64 the reference has 6-bit weights and does not round x."""
     linears = {name: rest[name] for name in ("qkv", "out", "up", "down")}
     if impl == "native" and all(map(int8.fits, linears.values())) and int8.is_in_cpp() and x.shape[0]:
         biases = {name: rest[f"{name}_bias"] for name in linears}
@@ -76,14 +76,14 @@ def int8_layer(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, heads: int, *, im
     )  # fmt: skip
 
 
-# what of int8_layer's arguments becomes a weight in 8 bits, or its bias
+# the arguments of int8_layer that become weights in 8 bits, or their biases
 IN_8_BITS = ("qkv", "qkv_bias", "out", "out_bias", "up", "up_bias", "down", "down_bias")
-# without gradients but for the layer of `draw_layer`, and not in float64
+# without gradients (except for the layer of `draw_layer`), and not in float64
 INFERENCE = {"encoder_layer": encoder_layer, "int8_linear": int8_linear, "int8_layer": int8_layer}
 
 
 def results(op: str, inputs: dict[str, Any], impl: str, wanted: list[str]) -> dict[str, Tensor]:
-    """Outputs, and the gradients of the tensors that are wanted."""
+    """Outputs, and the gradients of the tensors in `wanted`."""
     given = {n: t.detach().requires_grad_() if n in wanted else t for n, t in inputs.items()}
     with torch.set_grad_enabled(bool(wanted)):
         y = INFERENCE.get(op, getattr(F, op, None))(**given, impl=impl)

@@ -1,4 +1,4 @@
-"""Run by torchrun in two gloo processes: a step of DDP and of FSDP2 has the gradients of one process with all rows.
+"""Run by torchrun in two gloo processes: a step of DDP and of FSDP2 has the gradients that one process has of all rows.
 
 torchrun --nproc-per-node 2 tests/heads_in_ranks.py
 """
@@ -26,7 +26,7 @@ LENGTHS = (9, 3, 5, 9, 2, 7)
 
 
 def batch_of(head: str, rows: slice) -> dict:
-    """Rows of one batch that every process draws, packed, with labels of which the ranks have different numbers."""
+    """Some rows of one batch that every process draws alike, packed. The ranks have different numbers of labels."""
     torch.manual_seed(3)
     texts = [torch.randint(1, 91, (length,)).tolist() for length in LENGTHS]
     labels = [torch.randint(0, 3, (length if head == "MaskedLM" else 1,)) for length in LENGTHS]
@@ -53,7 +53,7 @@ def main() -> None:
             fully_shard(layer)
         for name, parallel in (("DDP", DistributedDataParallel(model)), ("FSDP2", fully_shard(sharded))):
             share = parallel(**part, num_items_in_batch=count).loss
-            (share * dist.get_world_size()).backward()  # both take the mean over the ranks
+            (share * dist.get_world_size()).backward()  # DDP and FSDP average over the ranks
             total = share.detach().clone()
             dist.all_reduce(total)
             torch.testing.assert_close(total, loss.detach())
@@ -73,7 +73,7 @@ def expect_gradients(parallel: torch.nn.Module, truth: torch.nn.Module, what: st
 
 
 def expect_whole_state(sharded: torch.nn.Module, truth: torch.nn.Module) -> None:
-    """What `save_pretrained(folder, state_dict=...)` takes of a sharded model."""
+    """The state that `save_pretrained(folder, state_dict=...)` needs from a sharded model is complete."""
     state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
     if dist.get_rank() == 0:
         missing, unexpected = truth.load_state_dict(state, strict=False)

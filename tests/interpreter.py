@@ -1,9 +1,9 @@
-"""Triton's interpreter in half the time: what it does at every call of a device function is done once a launch.
+"""Triton's interpreter in half the time: work that it repeats at every call of a device function is done once a launch.
 
-At a launch the interpreter replaces the builtins of triton.language by its own (`_patch_lang`), and takes them back
-afterwards. At every call of a device function within the launch it goes through all builtins again, though they are
-replaced already: 45% of the processor time of a small model's pass. And at every operation it makes a dictionary anew
-to find numpy's name of a dtype: 10%. So in triton 3.6.0, 3.7.1 and 3.8.0. Results are the same to the bit.
+At a launch the interpreter replaces the builtins of triton.language by its own (`_patch_lang`), and restores them
+afterwards. Within the launch it goes through all builtins again at every call of a device function, though they are
+already replaced; this takes 45% of the processor time of a small model's pass. For every operator it also builds a
+dictionary to find numpy's name of a dtype: 10%. So do triton 3.6.0, 3.7.1 and 3.8.0. Results are the same to the bit.
 """
 
 import functools
@@ -20,7 +20,7 @@ def _languages(fn) -> list:
 
 
 def hasten() -> None:
-    """From here on in this process."""
+    """Makes the interpreter faster for the rest of this process."""
     replace, np_dtype_of = interpreter._patch_lang, functools.cache(interpreter._get_np_dtype)
     address = interpreter._get_np_dtype(tl.pointer_type(tl.float32))
 
@@ -33,7 +33,7 @@ def hasten() -> None:
             raise interpreter.InterpreterError(repr(e)) from e
 
     def np_dtype(dtype):
-        scalar = dtype.scalar  # for a block the type of its elements; types of blocks and of pointers have no hash
+        scalar = dtype.scalar  # of a block, the type of its elements; types of blocks and of pointers have no hash
         return address if isinstance(scalar, tl.pointer_type) else np_dtype_of(scalar)
 
     interpreter.InterpretedFunction.__call__ = call

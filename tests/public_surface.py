@@ -1,11 +1,10 @@
 """What fastbert promises: its public names with their parameters, and the rows of its benchmark.
 
-`python tests/public_surface.py` writes both to public_surface.json, against which test_public_surface.py holds them. A
-name that goes is first kept for a while, with a DeprecationWarning, and then taken out of the file in a commit that
-says so.
+`python tests/public_surface.py` writes both to public_surface.json, with which test_public_surface.py compares them. A
+name that is to go is first kept for a while with a DeprecationWarning. The commit that removes it says so.
 
-Public is what a program would import. The command line and what is behind it are not: they promise commands, which
-test_cli.py holds. Nor are the kernels: `fastbert.functional` stands before them.
+Public is what a program would import. The command line and the code behind it are not: their promise is the commands,
+which test_cli.py tests. The kernels are not public either: programs call `fastbert.functional`.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def modules() -> list[str]:
 
 
 def names() -> dict[str, str]:
-    """module.name, or module.Class.name where the class is written -> its parameters, or "" where it has none."""
+    """module.name, or module.Class.name for members, -> the parameters; "" for what has none."""
     found = {}
     for module_name in modules():
         module = import_module(module_name)
@@ -69,7 +68,7 @@ def names() -> dict[str, str]:
 
 
 def _is_its_own(value: Any, module: ModuleType) -> bool:
-    """Whether the module offers it, and does not only use it."""
+    """Whether the module offers the value, rather than only importing it for its own use."""
     if isinstance(value, ModuleType):
         return module.__name__ == "fastbert" and value.__name__ == "fastbert.functional"
     home = getattr(value, "__module__", module.__name__)
@@ -92,7 +91,7 @@ def _members(path: str, value: type) -> dict[str, str]:
 
 
 def parameters_of(function: Any) -> str:
-    """As they stand between the parentheses of its definition, without annotations."""
+    """The parameters as in the function's definition, without annotations."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -110,13 +109,13 @@ def parameters_of(function: Any) -> str:
 
 
 def rows() -> dict[str, dict[str, list[str]]]:
-    """Suite, device and dtype -> the names of its cases, and of all rows that these have; none of them is run."""
+    """Each "suite, device and dtype" -> each case -> its rows. No row is run."""
     import torch
 
     from benchmarks.run import SUITES
 
     found = {}
-    with mock.patch.object(torch, "get_num_threads", return_value=2):  # some cases are for as many processes as cores
+    with mock.patch.object(torch, "get_num_threads", return_value=2):  # the number of cores decides some cases
         for suite, module in SUITES.items():
             for device in ("cpu", "cuda"):
                 for dtype in (torch.float32, torch.bfloat16):
@@ -129,5 +128,5 @@ def rows() -> dict[str, dict[str, list[str]]]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(RECORD.parents[1]))  # where benchmarks/ lies
+    sys.path.insert(0, str(RECORD.parents[1]))  # the folder of benchmarks/
     RECORD.write_text(json.dumps({"names": names(), "rows": rows()}, indent=1) + "\n")

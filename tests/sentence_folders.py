@@ -1,4 +1,4 @@
-"""Small folders of sentence-transformers, their vectors by that library, and ours beside them."""
+"""Small folders of sentence-transformers, the vectors of that library, and ours for comparison."""
 
 import json
 from pathlib import Path
@@ -6,35 +6,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, Encoder
+from fastbert import Encoder
 from fastbert.testing import assert_within_budget
+from small_bert import SPECIAL, save_bert
 
 library = pytest.importorskip("sentence_transformers", reason="compared with sentence-transformers")
 if not library.__version__.startswith(("6.2", "6.3", "6.4")):
-    pytest.skip(f"folders of sentence-transformers 6.2, not of {library.__version__}", allow_module_level=True)
+    pytest.skip(f"needs the folders of sentence-transformers 6.2, found {library.__version__}", allow_module_level=True)
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.sentence_transformer import modules as st  # noqa: E402
 
 WIDTH, LAYERS, LIMIT = 32, 3, 12
 BERT_CONFIG, LIBRARY_CONFIG = "sentence_bert_config.json", "config_sentence_transformers.json"
-# The last of them are letters whose lower case Python and the tokenizers library write in different ways.
+# Python and the tokenizers library lowercase the last of these letters differently.
 WORDS = "the a cat dog sat ran on under mat tree and query : find ##s İ i ̇ ß Σ σ ς C c".split()  # noqa: RUF001
 TEXTS = ["the cat sat", "", "dogs ran and ran " * 20, "a dog", "query : the mat under a tree [MASK] Cat"]
 
 
 def make_bert(folder: Path) -> Path:
     """A folder with a small random BERT and a cased vocabulary of a few words."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     settings = {"do_lower_case": False, "tokenizer_class": "BertTokenizer", "model_max_length": 64}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=2,
-        intermediate_size=48, max_position_embeddings=64, initializer_range=0.3, architectures=["BertModel"],
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "architectures": ["BertModel"]}
+    return save_bert(folder, [*SPECIAL, *WORDS], initializer_range=0.3, **sizes)
 
 
 def transformer(bert: Path, **options) -> st.Transformer:
@@ -42,7 +36,7 @@ def transformer(bert: Path, **options) -> st.Transformer:
 
 
 def save(folder: Path, *modules, **options) -> Path:
-    """A folder of these modules, with weights that tell each of them apart."""
+    """A folder of these modules, whose weights differ from module to module."""
     torch.manual_seed(1)
     model = SentenceTransformer(modules=list(modules), device="cpu", **options)
     for module in list(model.modules()):
@@ -79,7 +73,7 @@ def assert_same(folder: Path, how: str = "encode", texts: list[str] = TEXTS, **c
 
 
 def change(folder: Path, name: str, **settings) -> None:
-    """Other settings in a file; ... takes one away."""
+    """Changes settings in a file; the value ... removes one."""
     path = folder / name
     content = (json.loads(path.read_text()) if path.is_file() else {}) | settings
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of a server's faces: small models and servers of them."""
+"""Fixtures for the tests of `fastbert serve`: small models, and servers of them."""
 
 import time
 
@@ -9,7 +9,7 @@ from fastbert.service.app import application
 from fastbert.service.models import Models, load
 from fastbert.service.service import Service
 from fastbert.service.settings import Settings
-from service_models import CLASSES, PLAIN, Client, make_folder
+from service_models import CLASSES, PLAIN, Client, Process, make_folder
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(folders):
-    """serve(*kinds, **settings): a client of a server of these models, the first of which is the server's own."""
+    """serve(*kinds, **settings): a client of a server of these models; the first model is the server's default."""
     clients, loaded = [], {}
 
     def serve(*kinds, **changes):
@@ -51,3 +51,11 @@ def client(served):
 @pytest.fixture(scope="module")
 def encoder(folders):
     return Encoder.from_pretrained(folders["texts"], **PLAIN)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """`fastbert serve` of one model, as a process."""
+    process = Process(f"texts={make_folder(tmp_path / 'texts', 'texts')}")
+    yield process
+    process.end()

@@ -1,4 +1,4 @@
-"""Small models of every kind, a server of them within the test's process, and a client that needs no socket."""
+"""Small models of every kind, a server of them in the process of the tests, and a client that needs no socket."""
 
 import asyncio
 import contextlib
@@ -12,13 +12,19 @@ import threading
 import time
 
 import numpy as np
+import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, Tokenizer
+from fastbert import BertModel, Tokenizer
 from fastbert.models import heads
+from small_bert import LETTERS, save_bert
 
-PATIENCE = 120  # seconds after which a process hangs
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcde")]
+pytest.importorskip("orjson", reason="needs the serve extra")
+pytest.importorskip("prometheus_client", reason="needs the serve extra")
+pytest.importorskip("starlette", reason="needs the serve extra")
+
+PATIENCE = 120  # seconds; a process that takes longer counts as hanging
+WORDS = [*LETTERS, *(f"##{c}" for c in "abcde")]
 LABELS = {
     "ranks": {0: "LABEL_0"}, "feelings": {0: "entailment", 1: "contradiction", 2: "neutral"},
     "names": {0: "O", 1: "B-PER", 2: "I-PER"}, "answers": {0: "LABEL_0", 1: "LABEL_1"},
@@ -34,15 +40,9 @@ TEXTS = ["a b c", "", "d e f g h", "ab", "the quick [MASK]", "x " * 200]
 
 
 def make_folder(folder, kind):
-    """A checkpoint of two small layers whose words are the letters."""
+    """A checkpoint of two small layers whose vocabulary is the letters."""
     named = {} if kind not in LABELS else {"id2label": LABELS[kind]}
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=64, initializer_range=0.5, **named,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    CLASSES[kind](config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    save_bert(folder, WORDS, CLASSES[kind], num_hidden_layers=2, initializer_range=0.5, **named)
     if kind == "texts":
         (folder / "1_Pooling").mkdir()
         (folder / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 32}')
@@ -83,7 +83,7 @@ class Reply:
 
 
 class Client:
-    """An application on an event loop of its own, which a thread runs; requests reach it as messages of ASGI."""
+    """A client of an ASGI application, which runs on an event loop in a thread of its own."""
 
     def __init__(self, application):
         self.application = application
@@ -111,8 +111,8 @@ class Client:
         self.loop.close()
 
     def start(self, method, path, body=b"", headers=None, gone=None, more=False):
-        """The request as a future of its Reply; None where it was given up. gone: the client's end. more: whether the
-        client leaves the server waiting for the rest of the body."""
+        """A future of the request's Reply, which is None if the server gave the request up. gone: an event after which
+        the client is disconnected. more: the client never sends the rest of the body."""
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
         return asyncio.run_coroutine_threadsafe(self._ask(method, path, body, headers or {}, gone, more), self.loop)
@@ -155,7 +155,7 @@ class Client:
 
 
 class Process:
-    """`fastbert serve` of models (NAME=FOLDER) in float32, and requests to it on sockets."""
+    """`fastbert serve` of models (NAME=FOLDER) in float32 as a process, and requests to its sockets."""
 
     def __init__(self, *models):
         with contextlib.closing(socket.socket()) as free:
@@ -178,7 +178,7 @@ class Process:
         return f"http://127.0.0.1:{self.port}"
 
     def end(self):
-        """Kills it where it still runs; what it wrote to standard error."""
+        """Kills the process if it still runs, and returns its standard error."""
         self.process.kill()
         return self.process.communicate()[1]
 
@@ -198,7 +198,7 @@ class Process:
         return connection
 
     def waiting(self):
-        """Requests that the server counted."""
+        """The number of waiting requests that the server reports."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         with contextlib.closing(connection):
             connection.request("GET", "/metrics")

@@ -1,11 +1,11 @@
-"""Tens of thousands of requests of all kinds to a server in this process: each must be answered, and rightly.
+"""Tens of thousands of requests of all kinds to a server in this process: each must get the right answer.
 
     python -m tests.service_stress                     50,000 requests, some minutes
     python -m tests.service_stress --requests 5000
 
-Threads change places a thousand times as often as they are used to, garbage is collected all the time, and the queue is
-too short for what comes: a request that is forgotten, by whatever order of events, shows as one that nobody answers.
-Requests are of every face, right and wrong ones, some whose client goes away and some that allow too little time.
+Threads switch a thousand times as often as usual, garbage is collected all the time, and the queue is too short for the
+load, so that a forgotten request shows as one without an answer. The requests cover every API; some are wrong, the
+clients of some disconnect, and some allow too little time.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from fastbert.service.settings import Settings
 sys.path.append(str(Path(__file__).parent))
 from service_models import CLASSES, Client, make_folder
 
-PATIENCE = 60.0  # seconds: who has no answer then never gets one
+PATIENCE = 60.0  # seconds; a request without an answer by then counts as forgotten
 FAR = 1e-4
 TEXTS = ["a b c", "", "d e f g h", "ab", "the quick brown", "x " * 50, "y z " * 400]
 QUESTION = {"question": "a b", "context": "c d e f g " * 20}
-# (address, body): each is asked once alone before the others come, and must be answered so ever after.
+# (address, body): each is sent once alone before the others, and must get the same answer from then on.
 ASKED = (
     *(("/v1/embeddings", {"input": text}) for text in TEXTS),
     ("/v1/embeddings", {"input": TEXTS * 3, "dimensions": 8}), ("/embed", {"inputs": TEXTS * 20}),
@@ -46,7 +46,7 @@ ASKED = (
 
 
 def is_same(found: object, wanted: object) -> bool:
-    """Numbers may differ by FAR: other texts of a batch change their rounding."""
+    """Whether two answers are equal. Numbers may differ by FAR, the rounding that other texts of a batch change."""
     if isinstance(wanted, float):
         return isinstance(found, (int, float)) and abs(found - wanted) < FAR
     if isinstance(wanted, list):
@@ -59,7 +59,7 @@ def is_same(found: object, wanted: object) -> bool:
 
 
 class Stress:
-    """Requests to a client's server, and what became of each."""
+    """Sends requests through a client, and counts what became of each."""
 
     def __init__(self, client: Client, seed: int):
         self.client, self.draw = client, random.Random(seed)
@@ -113,7 +113,7 @@ class Stress:
 
 
 def without_ids(answer: object) -> object:
-    """Without Cohere's id, which is another one each time."""
+    """The answer without Cohere's id, which is new each time."""
     return {k: v for k, v in answer.items() if k != "id"} if isinstance(answer, dict) else answer
 
 

@@ -1,4 +1,4 @@
-"""Which class an architecture is of, and that ladders and compile report agree on it."""
+"""The class of each GPU architecture, on which launch parameters and compile report agree."""
 
 import importlib
 from itertools import combinations, product
@@ -35,7 +35,7 @@ TRAITS = [frozenset(t) for n in range(5) for t in combinations(("dropout", "modi
         ("sm_110", "tcgen05", 227, True),  # Thor
         ("sm_120", "mma.sync", 99, True),  # RTX 50, RTX PRO 6000
         ("sm_121", "mma.sync", 99, True),  # GB10
-        ("sm_130", "mma.sync", 99, False),  # not there yet: what all have
+        ("sm_130", "mma.sync", 99, False),  # unknown: only what all have
         ("gfx942", "mfma", 64, False),  # MI300
         ("gfx950", "mfma", 64, False),
     ],
@@ -65,8 +65,9 @@ def test_a_class_has_one_ladder(new, known):
         assert own_config(n, k, torch.bfloat16, new, epilogue) == own_config(n, k, torch.bfloat16, known, epilogue)
 
 
-def test_the_compile_report_knows_the_same():
-    with pytest.MonkeyPatch.context() as patch:  # the root on the path for this moment alone, see test_compile_report
+def test_the_compile_report_has_the_same_classes():
+    # the repository's root is on the path only here, see test_compile_report
+    with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
         arches = importlib.import_module("benchmarks.inspection.compile_report").ARCHES
     assert set(arches) == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121", "gfx942"}

@@ -1,4 +1,4 @@
-"""Imports point down: the floors of the house, from the source of every module."""
+"""Imports point down: every module's imports are checked against the floors of the architecture."""
 
 import pytest
 
@@ -8,7 +8,7 @@ pytestmark = pytest.mark.once
 
 GRAPH = inspect_imports.graph()
 
-# From the ground up; a module may import from its own floor and from those below. A name stands for all within it.
+# From the ground up. A module may import from its own floor and those below. A name includes all modules within it.
 FLOORS = (
     ("fastbert.kernels",),
     ("fastbert._moved", "fastbert.checkpoint", "fastbert.config", "fastbert.formats", "fastbert.parent",
@@ -36,7 +36,7 @@ FLOORS = (
     ("benchmarks.__main__", "benchmarks.tuning"),
     ("benchmarks.gpu_day",),
 )  # fmt: skip
-# The only ways from the package into the kernels: operators, and weights at inference.
+# The only modules of the package that may import kernels: operators, and weights at inference.
 SEAMS = ("fastbert.functional", "fastbert.inference")
 
 
@@ -51,7 +51,7 @@ def floor_of(module: str) -> int:
 
 
 def arrows() -> list[tuple[str, str]]:
-    """All but those from and to the bare package, which offers what is public and holds nothing itself."""
+    """All imports, except those from and to the bare package, which only offers public names."""
     return [(a, b) for a in sorted(GRAPH) for b in sorted(GRAPH[a]) if "fastbert" not in (a, b)]
 
 
@@ -59,7 +59,7 @@ def test_every_module_has_a_floor_and_none_reaches_up():
     assert not [f"{a} -> {b}" for a, b in arrows() if floor_of(a) < floor_of(b)]
 
 
-def test_two_ways_lead_into_the_kernels():
+def test_only_the_two_seams_import_kernels():
     kernels = "fastbert.kernels"
     ways = [
         f"{a} -> {b}"
@@ -69,7 +69,7 @@ def test_two_ways_lead_into_the_kernels():
     assert not ways
 
 
-def test_kernels_import_torch_and_triton_alone():
+def test_kernels_import_only_torch_and_triton():
     modules = [module for module in GRAPH if is_within(module, "fastbert.kernels")]
     assert len(modules) > 20
     assert {name for module in modules for name in inspect_imports.outside(module)} <= {"torch", "triton"}
@@ -83,7 +83,7 @@ def test_no_circles():
 # ---- the script itself -----------------------------------------------------------------------------------
 
 
-def test_imports_are_read_however_they_are_written(tmp_path, monkeypatch):
+def test_every_form_of_import_is_read(tmp_path, monkeypatch):
     (tmp_path / "fastbert" / "inner").mkdir(parents=True)
     (tmp_path / "fastbert" / "__init__.py").write_text("")
     (tmp_path / "fastbert" / "inner" / "__init__.py").write_text("from .a import f\n")

@@ -1,8 +1,8 @@
-"""Tensors of another device, and of a kind of numbers that an operator does not compute with, are refused.
+"""Tensors on another device, and tensors of a dtype with which an operator does not compute, are refused.
 
-PyTorch itself does not look in some places: `torch.nn.functional.linear` multiplies rows on the CPU by a weight on the
-meta device, `embedding` takes indices from there and `scaled_dot_product_attention` a mask. What comes of it is
-whatever the memory held, without a word. A weight is on meta where a checkpoint was not loaded to its end.
+PyTorch does not check everywhere: `torch.nn.functional.linear` multiplies rows on the CPU by a weight on the meta
+device, `embedding` accepts indices on it and `scaled_dot_product_attention` a mask. The results are arbitrary memory,
+without an error. Weights stay on meta when a checkpoint was not loaded completely.
 """
 
 import pytest
@@ -61,8 +61,8 @@ INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.bool)
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
 def test_integers_in_place_of_floats_are_refused(impl):
-    """A mean of integers was cut off to an integer, a bias of uint8 read as something else by torch's attention, and
-    what dropout leaves of integers was of torch's default dtype."""
+    """Before this check a mean of integers was truncated, torch's attention misread a bias of uint8, and the results of
+    dropout on integers had torch's default dtype."""
     for dtype in INTEGERS:
         inputs = INPUTS["pool"](SHAPE, LENGTHS)
         with pytest.raises(ValueError, match="pool: x must be floating-point, got torch"):
@@ -78,7 +78,7 @@ def test_integers_in_place_of_floats_are_refused(impl):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32])
 def test_labels_are_int64(dtype):
-    """As in torch's own loss, which says so. In uint8 the number that leaves a row out, -100, is another label's."""
+    """As in torch's own loss. In uint8 the ignored label, -100, would be another label."""
     inputs = INPUTS["linear_cross_entropy"](SHAPE, LENGTHS)
     with pytest.raises(ValueError, match="labels must be int64, got torch"):
         F.linear_cross_entropy(**inputs | {"labels": inputs["labels"].to(dtype)})

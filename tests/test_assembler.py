@@ -1,4 +1,4 @@
-"""`fastbert info` and `fastbert verify` name the assembler that Triton would really use."""
+"""`fastbert info` and `fastbert verify` name the assembler that Triton uses."""
 
 import re
 
@@ -15,22 +15,22 @@ pytestmark = pytest.mark.skipif(not _device.HAS_TRITON, reason="triton is not in
 
 @pytest.fixture
 def other(tmp_path):
-    """Another assembler, as far as its version goes."""
+    """An assembler that reports another version."""
     path = tmp_path / "ptxas"
     path.write_text("#!/bin/sh\necho 'ptxas: NVIDIA (R) Ptx optimizing assembler'\necho 'release 99.4, V99.4.12'\n")
     path.chmod(0o755)
     return path
 
 
-def test_the_wheels_own(monkeypatch):
+def test_the_assembler_of_tritons_wheel(monkeypatch):
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
     monkeypatch.delenv("TRITON_PTXAS_BLACKWELL_PATH", raising=False)
     assert re.fullmatch(r"ptxas \d+\.\d+\.\d+ \(/.*/nvidia/bin/ptxas\)", assembler("sm_90"))
     assert re.fullmatch(r"ptxas \d+\.\d+\.\d+ \(/.*/nvidia/bin/ptxas-blackwell\)", assembler("sm_120"))
 
 
-def test_another_one_is_named_where_triton_uses_it(monkeypatch, other):
-    """And where it cannot, the one that it falls back to."""
+def test_another_assembler_is_named_if_triton_uses_it(monkeypatch, other):
+    """If Triton cannot use it, the assembler to which Triton falls back is named."""
     own = assembler("sm_90")
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(other))
     assert assembler("sm_90") == f"ptxas 99.4.12 ({other})"

@@ -1,4 +1,4 @@
-"""`inspection.async_products` finds registers of asynchronous products that are touched before their wait."""
+"""`inspection.async_products` finds registers of asynchronous products that are used before the wait."""
 
 import importlib
 from pathlib import Path
@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def hazards():
     """Hazards of SASS without addresses, as (instruction, product, what, registers)."""
-    with pytest.MonkeyPatch.context() as patch:  # the root on the path for this moment alone, see test_compile_report
+    # the repository's root is on the path only here, see test_compile_report
+    with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
         async_products = importlib.import_module("benchmarks.inspection.async_products")
     parse_sass = importlib.import_module("benchmarks.inspection.machine_code").parse_sass
@@ -40,8 +41,8 @@ EXIT
 """
 
 
-def test_what_waits_is_clean(hazards):
-    """Operand and sum are touched after their wait; in the loop each group by the wait that covers it."""
+def test_code_that_waits_is_clean(hazards):
+    """Operand and sum are used after their wait; in the loop, each group after the wait that covers it."""
     assert hazards("""
 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT
 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24, gsb0
@@ -52,7 +53,7 @@ FADD R24, R25, R87
 MOV R87, RZ
 """) == []  # fmt: skip
     assert hazards(LOOP.format(before="MOV R92, R3", left="0x0", after="MOV R88, R4")) == []
-    # one group may be in flight: the first one, whose operand is R88, is not
+    # one group may be in flight; it is not the first one, whose operand is R88
     assert hazards(LOOP.format(before="MOV R3, R92", left="0x1", after="MOV R88, R4")) == []
 
 
@@ -107,13 +108,13 @@ def test_what_does_not_conflict_is_not_reported(hazards, line):
     assert hazards(f"HGMMA.64x64x16.F32.BF16 R32, R28, gdesc[UR8], R32, gsb0\n{line}\n") == []
 
 
-def test_sums_in_sixteen_bits_are_half_as_many(hazards):
+def test_float16_sums_take_half_as_many_registers(hazards):
     assert hazards("HGMMA.64x64x16.F16 R32, gdesc[UR8], R32, gsb0\nMOV R48, RZ") == []
     assert hazards("HGMMA.64x64x16.F16 R32, gdesc[UR8], R32, gsb0\nMOV R47, RZ") == [(1, 0, "sum written", (47,))]
 
 
-def test_a_wait_covers_only_what_it_says(hazards):
-    """It may leave groups in flight, and a group that is still open has not been committed at all."""
+def test_a_wait_covers_only_its_groups(hazards):
+    """A wait may leave groups in flight. A group that is still open has not been committed, so no wait covers it."""
     groups = """
 HGMMA.64x8x16.F32.BF16 R32, R28, gdesc[UR8], RZ, !UPT, gsb0
 HGMMA.64x8x16.F32.BF16 R36, R24, gdesc[UR8], RZ, !UPT, gsb0
@@ -130,18 +131,18 @@ MOV R28, RZ
     assert hazards(is_open) == [(2, 0, "operand written", (28,))]
 
 
-def test_only_round_the_loop(hazards):
+def test_a_conflict_with_the_next_iteration_is_found(hazards):
     """As in triton issue 9433: the wait leaves the second group, and the next iteration writes its operand."""
     assert hazards(LOOP.format(before="MOV R92, R3", left="0x1", after="MOV R88, R4")) == [
         (1, 4, "operand written", (92,))
     ]
-    # the same, behind a branch that only some iterations take
+    # the same behind a branch that only some iterations take
     code = LOOP.format(before="@P1 BRA `(.L_x_1)\nMOV R92, R3\n.L_x_1:", left="0x1", after="MOV R88, R4")
     assert hazards(code) == [(2, 5, "operand written", (92,))]
 
 
 def test_every_path_counts(hazards):
-    """A wait under a condition has not happened on the path round it."""
+    """A path may jump over a wait, which then has not happened."""
     assert hazards("""
 HGMMA.64x8x16.F32.BF16 R32, R28, gdesc[UR8], RZ, !UPT, gsb0
 @P0 BRA `(.L_x_0)
@@ -152,7 +153,7 @@ MOV R32, RZ
 
 
 def test_the_path_with_fewest_groups_counts(hazards):
-    """On one the product is in the last group, which the wait leaves in flight; on the other in the one before."""
+    """On one path the product is in the last group, which the wait leaves in flight; on the other, in one before."""
     assert hazards("""
 HGMMA.64x8x16.F32.BF16 R32, R28, gdesc[UR8], RZ, !UPT, gsb0
 @P0 BRA `(.L_x_1)

@@ -1,4 +1,4 @@
-"""The Triton attention against float64: outputs, every gradient, every variant, and what must not matter."""
+"""The Triton attention against float64: outputs, every gradient, every variant, and changes without effect."""
 
 import mmap
 
@@ -14,12 +14,12 @@ from fastbert.testing import LENGTHS, cu_seqlens_of, relative_rms
 # ---- against float64 ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in LENGTHS if name != "no_sequences"])  # that: test_empty_input
+@pytest.mark.parametrize("name", [name for name in LENGTHS if name != "no_sequences"])  # its test is test_empty_input
 def test_lengths(name):
     check_packed(LENGTHS[name], heads=1)
 
 
-# float32 has no kernels for short sequences, and other blocks; bfloat16 is what GPUs run
+# float32 has other block sizes and no kernels for short sequences; bfloat16 is the usual dtype on GPUs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_dtypes(dtype):
     check_packed([5, 70, 0, 33], dtype=dtype)
@@ -31,15 +31,15 @@ def test_head_dims(head_dim):
     check_packed([5, 70], head_dim=head_dim, heads=1)
 
 
-# Both sides of each length at which another kernel, or another number of heads a program, takes over. Three heads: the
-# last program of a sequence of at most 32 tokens is half empty, of at most 16 a quarter.
+# Both sides of each length from which on another kernel, or another number of heads in a program, is used. With three
+# heads the last program of a sequence is half empty (at most 32 tokens) or three quarters empty (at most 16).
 @pytest.mark.parametrize("variant", ["plain", "ids"])
 def test_short_sequences_share_a_block(variant):
     check_packed([1, 16, 17, 32, 0, 33, 64, 65, 128, 129], variant=variant, heads=3)
 
 
 def test_wide_heads_in_float32():
-    """Their products go a few columns at a time, the last of which are past the end here."""
+    """Their products are computed a few columns at a time. Here the last columns are past the end."""
     check_packed([5, 40], dtype=torch.float32, head_dim=200, heads=1)
 
 
@@ -54,7 +54,7 @@ def test_variants(variant):
     check_packed([5, 70, 0, 33], variant=variant)
 
 
-# rotary splits a head in halves, each padded on its own where head_dim is no power of two
+# rotary splits a head in halves, which are padded separately if head_dim is no power of two
 @pytest.mark.parametrize("variant", ["rotary", "together"])
 def test_variants_with_padded_head_dim(variant):
     check_packed([5, 70], variant=variant, head_dim=24)
@@ -70,33 +70,33 @@ def test_grouped_heads(variant):
     check_packed([40, 70], variant=variant, heads=4, kv_heads=2)
 
 
-# a sequence without keys, one without rows, keys longer and shorter than rows, short and long ones
+# a sequence without keys, one without rows, more and fewer keys than rows, short and long sequences
 @pytest.mark.parametrize("variant", ["plain", "together"])
 def test_cross_attention(variant):
     check_packed([3, 70, 0, 66, 0, 30], [90, 9, 4, 0, 100, 16], variant=variant)
 
 
 def test_8192_keys():
-    """Also many blocks of one row tile; rows are few, to keep the interpreter quick."""
+    """Also many blocks for one row tile. There are few rows, to keep the interpreter fast."""
     check_packed([3], [8192], heads=1, head_dim=16)
 
 
 @pytest.mark.parametrize("lengths", [[5], [40], [70], [200]], ids=["stacked", "block", "tile", "loops"])
 def test_scores_far_below_zero(lengths):
-    """exp(-lse) overflows there: keys past the end, whose scores are zero, must be masked before it, not after."""
+    """exp(-lse) overflows here. Keys past the end have scores of zero, and must be masked before exp, not after."""
     q, k, v = random_qkv(lengths)
     args = [cu_seqlens_of(lengths, DEVICE), max(lengths)]
     check((8 + q / 8, -8 + k / 8, v), args, {}, torch.float16)
 
 
 def test_scores_that_fall_from_block_to_block():
-    """The running maximum must hold: relative to a later block's own maximum the first block's share overflows."""
+    """The running maximum must be kept: relative to a later block's own maximum, the first block's share overflows."""
     q, k, v = random_qkv([200])
     sign = torch.where(torch.arange(200, device=DEVICE) < 64, 8.0, -8.0)[:, None, None]
     check((8 + q / 8, sign + k / 8, v), [cu_seqlens_of([200], DEVICE), 200], {}, torch.float16)
 
 
-# the window cuts the range of blocks on both sides; wider than the sequence on one side; no later token
+# the window limits the blocks on both sides; is wider than the sequence on one side; allows no later token
 @pytest.mark.parametrize("window", [(0, 0), (100, 3), (3, 1000), (1 << 29, 0)], ids=str)
 def test_window_over_many_blocks(window):
     lengths = [300]
@@ -113,15 +113,16 @@ def test_window_over_many_blocks(window):
     ids=["plain-fp16", "together-fp16", "plain-fp32"],
 )
 def test_padded_equals_packed_and_ignores_padding(variant, dtype):
-    """The same numbers as packed; NaN in the padding reaches nothing; outputs and gradients of padding are zero.
+    """Equal to packed attention. NaN in the padding affects no result; outputs and gradients of padding are zero.
 
-    Packed short sequences have kernels of their own, which a GPU may round differently.
+    Packed short sequences have their own kernels, which may round differently on a GPU.
     """
 
     def same(ours, packed):
         return torch.equal(ours, packed) or relative_rms(ours, packed) <= torch.finfo(dtype).eps
 
-    lengths, width = [5, 66, 0], 130  # padding within a block, a tile of nothing but padding, a sequence of none
+    # padding within a block, a tile that is all padding, a sequence that is all padding
+    lengths, width = [5, 66, 0], 130
     packed = random_qkv(lengths, head_dim=16)
     options = {n: cast(v, dtype) for n, v in options_of(variant, [*lengths, width], head_dim=16).items()}
     options = {n: v[:-1] if n in ("mask", "sequence_ids") else v for n, v in options.items()}
@@ -170,8 +171,8 @@ def test_row_without_keys_gives_zeros(length):
 
 
 def test_bias_of_minus_infinity_masks():
-    """Models add -inf to forbidden scores; a whole row of it must not give NaN. The bits are not a mask's: the sum with
-    the bias is rounded, where a kernel without one has a fused multiply-add."""
+    """Models add -inf to forbidden scores. A row of only -inf must not give NaN. The bits differ from those with a
+    mask: adding a bias rounds the score, where a kernel without bias uses a fused multiply-add."""
     bias = torch.zeros(1, 1, 70, 70, device=DEVICE)
     bias[..., 66:] = float("-inf")
     bias[..., 3, :] = float("-inf")
@@ -190,12 +191,12 @@ def test_nan_is_not_hidden():
     assert o.isnan().sum() == o.shape[-1]
 
 
-# ---- what must not matter --------------------------------------------------------------------------------------
+# ---- changes without effect ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["plain", "together"])
 def test_batch_does_not_change_bits(variant):
-    """A sequence alone, and in two batches of different order, has the same bits, forward and backward."""
+    """A sequence has the same bits alone and in two batches of different order, forward and backward."""
     lengths = [64, 5, 0, 66]
     options = {n: cast(v, torch.float16) for n, v in options_of(variant, lengths).items()}
     qkv = [t.half() for t in random_qkv(lengths)]
@@ -236,7 +237,7 @@ def test_strides_do_not_matter():
 
 @pytest.mark.parametrize("lengths", [[3], [2, 1]], ids=["within_a_sequence", "of_its_start"])
 def test_offsets_past_two_to_the_31(lengths):
-    """Rows so far apart that element offsets need 64 bits, in memory that is reserved but never filled."""
+    """Rows are so far apart that element offsets need 64 bits. Their memory is reserved but never filled."""
     stride = 2**30 + 16
     elements = 2 * stride + 64
     if DEVICE.type == "cuda":
@@ -258,7 +259,7 @@ def test_offsets_past_two_to_the_31(lengths):
 
 @pytest.mark.parametrize("variant", ["plain", "window", "padded_grouped"])
 def test_gradients_go_into_one_buffer(variant):
-    """dq, dk and dv as slices of one [T, (H + 2 Hk) D], and not an element beside them: the bits of three tensors."""
+    """dq, dk and dv in slices of one [T, (H + 2 Hk) D] equal three tensors; no element beside them changes."""
     lengths, head_dim = torch.tensor([70, 5, 130], dtype=torch.int32, device=DEVICE), 16
     heads, kv_heads, padded = (2, 1, True) if variant == "padded_grouped" else (2, 2, False)
     rows = (3, 130) if padded else (205,)
@@ -284,7 +285,7 @@ def test_gradients_go_into_one_buffer(variant):
 
 
 def uniform_attention(dropout_p, seed=1, stream=0, length=100, **options):
-    """v = identity and equal scores: o shows the keep mask itself, as keep / (1 - p) / length."""
+    """With v = identity and equal scores, o is the keep mask itself, as keep / (1 - p) / length."""
     q = torch.zeros(length, 2, length, device=DEVICE, dtype=torch.float16)
     v = torch.eye(length, device=DEVICE, dtype=torch.float16)[:, None].expand(-1, 2, -1)
     seed = torch.tensor([seed], device=DEVICE)

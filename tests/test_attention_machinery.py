@@ -1,4 +1,4 @@
-"""The Triton attention in torch's machinery: compiled, exported, under autocast, differentiated in part; its errors."""
+"""The Triton attention within torch: compiled, exported, under autocast, with some gradients only; its errors."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from attention_checks import DEVICE, cast, lengths_tensor, options_of, padded_of
 from fastbert.kernels import attention as kernels
 from fastbert.testing import cu_seqlens_of
 
-# ---- torch's machinery -------------------------------------------------------------------------------------------
+# ---- within torch ------------------------------------------------------------------------------------------------
 
 
 def batch_of(lengths, requires_grad=True):
@@ -31,7 +31,7 @@ def test_compile_without_recompiling_for_lengths():
         do = torch.randn(batch[0].shape, device=DEVICE).half()
         ours, expected = (torch.autograd.grad(f(*batch), batch[:3], do) for f in (compiled, layer))
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
-        assert graphs["unique_graphs"] == min(count, 2)  # one for fixed sizes, one for any
+        assert graphs["unique_graphs"] == min(count, 2)  # one graph for fixed sizes, one for any sizes
 
 
 def test_compile_padded_with_all_variants():
@@ -78,7 +78,7 @@ def test_opcheck():
 
 
 def test_autocast():
-    """Under autocast float32 inputs are multiplied in the lower dtype, as SDPA does; gradients come back in float32."""
+    """Under autocast, float32 inputs are multiplied in the lower dtype, as in SDPA; their gradients are float32."""
     q, k, v, cu_seqlens, longest = batch_of([7, 20])
     wide = [t.detach().float().requires_grad_() for t in (q, k, v)]
     with torch.autocast(DEVICE.type, dtype=torch.float16):
@@ -92,7 +92,7 @@ def test_autocast():
 
 
 def test_only_one_output_differentiated():
-    """Either of o and lse may be all that a loss uses."""
+    """A loss may use only o or only lse."""
     q, k, v, cu_seqlens, longest = batch_of([70, 9])
     do, dlse = torch.randn(q.shape, device=DEVICE).half(), torch.randn(2, 79, device=DEVICE)
     o, lse = kernels.attention(q, k, v, cu_seqlens, longest, return_lse=True)

@@ -27,9 +27,9 @@ def plans_of(direction, arch, head_dim, dtype, dropout_p, kv_heads, alibi, padde
 @pytest.mark.parametrize("longest", PARTS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("arch", ARCHES)
-def test_every_entry_is_one_kernels(arch, direction, longest):
-    """On sm_80 at head_dim 64, dropout leaves short sequences without a backward kernel of their own. The kernels with
-    loops then took all entries, those of the kernel for a tile too, and every gradient there was computed twice."""
+def test_every_entry_belongs_to_exactly_one_kernel(arch, direction, longest):
+    """On sm_80 at head_dim 64, dropout leaves no separate backward kernel for short sequences. The kernels with loops
+    then took all entries, also those of the kernel for one tile, and every gradient of these was computed twice."""
     names = list(PARTS)
     there = names[names.index(longest) :]
     first_of = dict(zip(names, itertools.accumulate(PARTS.values(), initial=0), strict=False))

@@ -1,4 +1,4 @@
-"""The list of tiles that the Triton attention takes: every tile once, the longest first, only with its own batch."""
+"""The list of tiles for the Triton attention: every tile once, the longest sequence first, only for its own batch."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def test_shared_schedule_changes_nothing():
 
 
 def listed(schedule):
-    """The entries of the three parts, without surplus ones; a part is as long as it says, surplus last."""
+    """The entries of the three parts, without the surplus entries at the end of each part."""
     entries = [tuple(entry) for entry in schedule.entries.tolist()]
     bounds = (0, schedule.n_long, schedule.n_long + schedule.n_medium, len(entries))
     parts = [entries[first:end] for first, end in itertools.pairwise(bounds)]
@@ -29,7 +29,7 @@ def listed(schedule):
 
 
 def longest_first(entries, lengths):
-    """The tiles of the longest sequence first, in order; of equally long sequences those of the first."""
+    """The tiles of the longest sequence first, in order; of equally long sequences, the first one's tiles first."""
     return sorted(entries, key=lambda entry: (-lengths[entry[0]], *entry))
 
 
@@ -38,7 +38,7 @@ SCHEDULED = [[1] * 70, [64, 65, 128, 129, 0], [513], [65] * 9, [127, 1000, 3], [
 
 @pytest.mark.parametrize("lengths", SCHEDULED, ids=str)
 def test_schedule_lists_every_tile_once_longest_first(lengths):
-    """By the kernel, with parts as long as they can be and as they are; and by the host, the same."""
+    """The kernel's list, with parts of the greatest possible length and of exact length, equals the host's list."""
     long = [(b, t) for b, n in enumerate(lengths) if n > 128 for t in range(-(-n // 128))]
     medium = [(b, 0) for b, n in enumerate(lengths) if 64 < n <= 128]
     short = [(b, 0) for b, n in enumerate(lengths) if n <= 64]
@@ -51,7 +51,7 @@ def test_schedule_lists_every_tile_once_longest_first(lengths):
     assert torch.equal(kernels.attention_entries(lengths), schedule.entries.cpu())
 
 
-def test_schedule_of_more_sequences_than_a_program_takes():
+def test_schedule_of_more_sequences_than_a_program_handles():
     lengths = [(37 * n) % 300 for n in range(300)]
     schedule = kernels.attention_schedule(cu_seqlens_of(lengths, DEVICE), sum(lengths))
     assert list(itertools.chain(*listed(schedule))) == [
@@ -60,7 +60,7 @@ def test_schedule_of_more_sequences_than_a_program_takes():
 
 
 def test_schedule_over_rows_goes_by_the_longer_side():
-    """A sequence of few rows and many keys is none of the kernels for short ones; nor the other way round."""
+    """A sequence of few rows and many keys does not go to the kernels for short sequences, nor one of many rows."""
     rows, keys = [300, 3, 0, 70, 5, 200], [2, 300, 100, 10, 5, 0]
     spans = [cu_seqlens_of(lengths, DEVICE) for lengths in (rows, keys)]
     of_rows = kernels.attention_schedule(spans[0], sum(rows), spans[1])

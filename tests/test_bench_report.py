@@ -1,4 +1,4 @@
-"""The report: its figures are those of the files, and what was not measured has none."""
+"""The report has the figures of the result files, and none for what was not measured."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def file(folder: Path, name: str, rows: list[dict], *, kind: str = "cpu", comman
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Result files go here, as if it were benchmarks/results."""
+    """Makes this the folder of result files, in place of benchmarks/results."""
     monkeypatch.setattr(report, "ROOT", tmp_path)
     return tmp_path / "benchmarks" / "results"
 
@@ -72,10 +72,10 @@ def test_page_says_ahead_and_behind_and_shows_no_time_of_a_wrong_row(folder):
     (summary,) = re.findall(r"^\| base forward.*\| 50% of matrix .*$", page, re.MULTILINE)
     assert "| 100 ms | 1,000 |" in summary
     assert "openvino: 70 ms" in summary
-    assert "| 2.00x |" in summary  # over the products alone
+    assert "| 2.00x |" in summary  # relative to the products alone
 
 
-def test_whole_runs_come_before_quick_ones_and_new_before_old(folder):
+def test_full_runs_win_over_quick_ones_and_new_over_old(folder):
     file(folder, "a-whole", [row(time=0.2)])
     file(folder, "b-older", [row(time=0.4)], created="2026-01-01T00:00:00+00:00")
     quick = [row(time=0.3), row(time=0.5, workload="minilm_natural", model="minilm")]
@@ -86,7 +86,7 @@ def test_whole_runs_come_before_quick_ones_and_new_before_old(folder):
     }  # fmt: skip
 
 
-def test_a_case_that_was_interrupted_hides_no_other(folder):
+def test_an_interrupted_case_hides_no_other_case(folder):
     file(folder, "a", [row(time=0.2)])
     none = {"seconds": None, "median_s": None, "status": "skipped", "reason": "interrupted"}
     file(folder, "b", [row(**none), row("torch", **none)], created="2026-01-03T00:00:00+00:00", complete=False)
@@ -190,11 +190,11 @@ def test_published_figures_are_compared_with_the_same_work_only(other):
 
 
 def test_every_page_with_figures_is_that_of_the_committed_files(capsys):
-    """So no number in these is typed by hand."""
+    """So no number on these pages is typed by hand."""
     assert report.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_committed_files_are_as_the_schema_says_and_every_picture_is_there():
+def test_committed_files_follow_the_schema_and_every_picture_exists():
     from benchmarks.harness import schema
 
     for device in results.load():
@@ -207,8 +207,8 @@ def test_committed_files_are_as_the_schema_says_and_every_picture_is_there():
         assert (report.ROOT / "benchmarks" / name).is_file(), name
 
 
-def test_pictures_are_drawn_of_whatever_there_is(folder):
-    """With no rows of ours, one point of a curve, or none at all, there is one picture less and no error."""
+def test_pictures_are_drawn_of_the_rows_that_exist(folder):
+    """Without rows of ours, with one point of a curve, or with no point, there is one picture less and no error."""
     pytest.importorskip("matplotlib", reason="draws")
     from benchmarks.reporting import plots as report_plots
 

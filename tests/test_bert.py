@@ -1,4 +1,4 @@
-"""BertModel beside transformers' own: same weights, same input, float64 as truth, twice its error as the budget."""
+"""BertModel compared with transformers' own: same weights, same input, a budget of twice its error against float64."""
 
 import copy
 from importlib.resources import files
@@ -33,8 +33,8 @@ def hf_model(config_or_folder, dtype=torch.float32):
 
 
 def twin(config: BertConfig, impl: str = "native") -> tuple[BertModel, torch.nn.Module]:
-    """Our model and transformers', with the same weights; the weights are larger than at the start of training, so
-    that attention is not uniform and every bias counts."""
+    """Our model and transformers', with the same weights, which are larger than initial ones, so that attention is not
+    uniform and every bias counts."""
     ours = BertModel(config, impl=impl).eval()
     with torch.no_grad():
         for p in ours.parameters():
@@ -68,7 +68,7 @@ def inputs(vocab_size: int, mask) -> dict[str, torch.Tensor]:
         ("native", torch.bfloat16),
         ("reference", torch.float32),
         ("triton", torch.float32),
-        ("triton", torch.float16),  # stands for bf16: the interpreter's cast to bf16 truncates
+        ("triton", torch.float16),  # in place of bfloat16, to which the interpreter truncates
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
@@ -119,10 +119,10 @@ def test_the_real_minilm_matches_transformers(impl, dtype):
 @pytest.mark.parametrize("impl", ["native", "triton"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2], ids=["no_dropout", "dropout"])
 def test_every_gradient(impl, dropout):
-    """With dropout the reference implementation draws the same masks, so it takes transformers' place.
+    """With dropout the reference implementation replaces transformers, because it draws the same masks.
 
-    Errors are taken over three batches together: in one alone the plain model's error in a vector of 64 numbers is
-    now and then half of what it usually is, by chance.
+    Errors are taken over three batches together: in a single one, the plain model's error in a vector of 64 numbers is
+    sometimes half of the usual error, by chance.
     """
     config = copy.deepcopy(SMALL)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
@@ -150,7 +150,7 @@ def test_every_gradient(impl, dropout):
                 grads[name][key].append(p.grad)
     for key in grads["truth"]:
         if key.endswith("self.key.bias"):
-            continue  # exactly zero in truth: softmax does not see a shift of all its scores
+            continue  # truly zero, because a shift of all scores does not change a softmax
         assert_within_budget(*(torch.stack(grads[name][key]) for name in models), name=key)
 
 
@@ -170,7 +170,7 @@ def test_packed_equals_padded_equals_one_at_a_time():
 
 @pytest.mark.parametrize("impl", ["native", "triton"])
 def test_poisoned_padding_never_reaches_an_output(impl):
-    """Ids and segments under the mask may be anything in range: no bit of the output moves."""
+    """Ids and segments under the mask may have any valid value: no bit of the output changes."""
     ours, _ = twin(SMALL, impl)
     batch = inputs(SMALL.vocab_size, MASKS["with_holes"]())
     before = ours(**batch)
@@ -194,7 +194,7 @@ def test_dropout_masks_do_not_depend_on_the_padding(impl):
     mask = torch.tensor([[1] * 9, [1] * 3 + [0] * 6])
     padded = ours(torch.tensor([texts[0], texts[1] + [0] * 6]), mask).last_hidden_state
     torch.testing.assert_close(padded[mask.bool()], packed)
-    assert not torch.equal(packed, ours(PackedBatch.from_lists(texts)).last_hidden_state), "a new pass, a new mask"
+    assert not torch.equal(packed, ours(PackedBatch.from_lists(texts)).last_hidden_state), "a new pass needs a new mask"
 
 
 def test_an_empty_row_gives_zeros():
@@ -254,7 +254,7 @@ def test_state_dicts_and_folders_go_both_ways(tmp_path):
 
 
 def test_a_joined_weight_follows_its_parts():
-    """Once the joined q, k, v weight went stale when a checkpoint was loaded after a forward pass without gradients."""
+    """The joined q, k, v weight went stale when a checkpoint was loaded after a forward pass without gradients."""
     ours, theirs = twin(SMALL)
     ids = torch.randint(1, 120, (2, 5))
     with torch.no_grad():
@@ -279,7 +279,7 @@ def test_autocast(dtype):
 
 @pytest.mark.parametrize("impl", ["native", "triton"])
 def test_compiles_in_one_graph_for_changing_lengths(impl):
-    """Once the seam imported a kernel module in a way that torch.compile does not follow."""
+    """The seam once imported a kernel module in a way that torch.compile cannot trace."""
     ours, _ = twin(SMALL, impl)
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ([5, 3], [9, 1, 4], [2, 2, 2, 2]):
@@ -317,7 +317,7 @@ def test_explicit_triton_runs_or_raises(monkeypatch):
         BertModel(SMALL, impl="fast").eval()(torch.tensor([[1, 2]]))
 
 
-def test_a_pooler_that_is_not_asked_for_is_left_in_the_checkpoint(tmp_path):
+def test_an_unwanted_pooler_is_not_loaded(tmp_path):
     ours = BertModel(SMALL)
     ours.save_pretrained(tmp_path)
     without = BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
@@ -326,7 +326,7 @@ def test_a_pooler_that_is_not_asked_for_is_left_in_the_checkpoint(tmp_path):
 
 
 class Doubled(torch.nn.Linear):
-    """What a library that adapts models may put in a linear layer's place."""
+    """Stands for a class by which an adapter library replaces a linear layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2.0 * super().forward(x)
@@ -335,7 +335,7 @@ class Doubled(torch.nn.Linear):
 @pytest.mark.parametrize("path", ["attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_module_in_the_place_of_a_linear_layer_is_called(path, grad):
-    """Its weight used to be taken, and its own forward passed over: adapters were lost without a word."""
+    """fastbert took the replacement's weight and skipped its forward, so adapters had no effect, without an error."""
     model, _ = twin(SMALL)
     mask = MASKS["right_padded"]()
     given = inputs(120, mask)
@@ -363,7 +363,7 @@ def test_a_hook_of_a_linear_layer_is_called(grad):
 
 
 def test_hidden_states_have_gradients():
-    """They lie on the way to the output, as transformers' do, and not beside it."""
+    """They are on the path to the output, as in transformers, not beside it."""
     model, _ = twin(SMALL)
     ids = torch.randint(1, 120, (2, 9))
     output = model(ids, torch.ones_like(ids), output_hidden_states=True)
@@ -389,7 +389,7 @@ def test_a_hook_of_any_module_is_called(grad):
 
 
 def test_a_hook_on_every_gradient_is_called():
-    """As torch has it, such a hook is on every module that there is."""
+    """torch calls such a hook on every module."""
     model = BertModel(SMALL, impl="native")
     seen = []
     handle = torch.nn.modules.module.register_module_full_backward_hook(lambda module, *_: seen.append(module))
@@ -401,7 +401,7 @@ def test_a_hook_on_every_gradient_is_called():
 
 
 def test_a_part_in_evaluation_mode_drops_nothing():
-    """Whoever freezes the lower part of a model puts it into evaluation mode, and trains the rest."""
+    """To freeze the lower part of a model, people put that part into evaluation mode and train the rest."""
     model = BertModel(SMALL, impl="native").train()
     model.embeddings.eval()
     for layer in model.encoder["layer"]:
@@ -411,6 +411,6 @@ def test_a_part_in_evaluation_mode_drops_nothing():
     assert torch.equal(model(ids).last_hidden_state, frozen)
     torch.testing.assert_close(model.eval()(ids).last_hidden_state, frozen)
     model.embeddings.train()
-    assert torch.equal(model(ids).last_hidden_state, frozen), "the model as a whole evaluates"
+    assert torch.equal(model(ids).last_hidden_state, frozen), "the whole model is in evaluation mode"
     model.train().encoder["layer"][1].eval()
     assert not torch.equal(model(ids).last_hidden_state, frozen)

@@ -1,4 +1,4 @@
-"""Checkpoints: read, and written whole or not at all."""
+"""Checkpoints are read, and are written completely or not at all."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def temporaries(folder) -> list[str]:
 # ---- write_atomically ------------------------------------------------------------------------------------
 
 
-def test_write_replaces_whole(tmp_path):
+def test_write_replaces_the_whole_file(tmp_path):
     path = tmp_path / "out.npy"
     path.write_text("old")
     with write_atomically(path) as temporary:
@@ -40,7 +40,7 @@ def test_write_replaces_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_what_was_there(tmp_path, error):
+def test_an_exception_leaves_the_old_file(tmp_path, error):
 
     def write_half(path):
         with write_atomically(path) as temporary:
@@ -63,8 +63,7 @@ def test_a_body_may_remove_its_file(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
 def test_written_file_has_ordinary_permissions(tmp_path):
-    """A file made by tempfile is readable by its owner only, so other users could not read a model in a shared
-    folder."""
+    """Only the owner can read a file that tempfile made, so other users could not read a model in a shared folder."""
     before = os.umask(0o027)
     try:
         with write_atomically(tmp_path / "a") as temporary:
@@ -76,7 +75,7 @@ def test_written_file_has_ordinary_permissions(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX special files")
 def test_special_files_are_not_replaced(tmp_path):
-    """os.replace onto /dev/null, as root, makes a plain file of it."""
+    """For root, os.replace onto /dev/null would make it a plain file."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(OSError, match=r"cannot write .*pipe: it is not a regular file"), write_atomically(pipe):
@@ -144,7 +143,7 @@ def test_tied_tensors_are_written_once(tmp_path):
 
 
 def test_shards_are_as_transformers_writes_them(tmp_path):
-    """Each at most the size, unless one tensor alone is more; an index of all names; metadata that says pt."""
+    """A shard exceeds the size only if it holds a single tensor; the index has all names; the metadata says pt."""
     tensors = state(a=10, b=10, big=100, c=10, d=10, e=10)
     save_state_dict(tmp_path, tensors, max_shard_size="0.08KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -159,14 +158,14 @@ def test_shards_are_as_transformers_writes_them(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["5 gigabytes", "", "GB", 0, -1])
-def test_shard_sizes_that_are_none(tmp_path, size):
+def test_invalid_shard_sizes_are_refused(tmp_path, size):
     with pytest.raises(ValueError, match="max_shard_size must be"):
         save_state_dict(tmp_path, state(a=1), size)
 
 
 @pytest.mark.parametrize("sizes", [(40, "5GB"), ("5GB", 40), (40, 80)], ids=["to_one", "to_shards", "to_fewer"])
 def test_saving_over_another_layout_leaves_no_stale_weights(tmp_path, sizes):
-    """Old model.safetensors beside new shards was loaded in their place."""
+    """An old model.safetensors beside new shards was loaded instead of them."""
     save_state_dict(tmp_path, state(a=10, b=10, c=10, gone=10), sizes[0])
     expected = state(a=10, b=10, c=10)
     written = save_state_dict(tmp_path, expected, sizes[1])
@@ -175,7 +174,7 @@ def test_saving_over_another_layout_leaves_no_stale_weights(tmp_path, sizes):
 
 
 @pytest.mark.parametrize("failing_call", [1, 2, 3])
-def test_a_save_cut_short_while_writing_leaves_the_old_weights(tmp_path, monkeypatch, failing_call):
+def test_a_save_that_fails_while_writing_leaves_the_old_weights(tmp_path, monkeypatch, failing_call):
     old = state(a=10, b=10, c=10)
     save_state_dict(tmp_path, old, 40)
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -196,8 +195,8 @@ def test_a_save_cut_short_while_writing_leaves_the_old_weights(tmp_path, monkeyp
 
 @pytest.mark.parametrize("old_size", [40, "5GB"], ids=["over_shards", "over_one_file"])
 @pytest.mark.parametrize("failing_call", [1, 2, 3, 4])
-def test_a_save_cut_short_while_renaming_never_mixes(tmp_path, monkeypatch, failing_call, old_size):
-    """Several files cannot take their names in one step; what is left then is not a model, never half of each."""
+def test_a_save_that_fails_while_renaming_never_mixes_weights(tmp_path, monkeypatch, failing_call, old_size):
+    """Several files cannot be renamed in one step. A failure leaves no valid model, never one of mixed weights."""
     save_state_dict(tmp_path, state(a=10, b=10, c=10), old_size)
     calls, replace = [], os.replace
 
@@ -234,7 +233,7 @@ def test_pickled_weights(tmp_path, sharded, zipped):
     torch.testing.assert_close(load_state_dict(tmp_path), expected, rtol=0, atol=0)
 
 
-def test_safetensors_come_before_pickles(tmp_path):
+def test_safetensors_are_preferred_to_pickles(tmp_path):
     torch.save(state(old=3), tmp_path / "pytorch_model.bin")
     save_state_dict(tmp_path, state(new=3))
     assert list(load_state_dict(tmp_path)) == ["new"]
@@ -257,7 +256,7 @@ def test_pickles_run_no_code(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_weights_are_mapped_not_copied(tmp_path, name):
-    """And what is written to them stays in memory: the mapping is private."""
+    """Writing to the weights changes only memory, because the mapping is private."""
     tensors = {"a": torch.zeros(100_000)}
     (save_file if name.endswith("safetensors") else torch.save)(tensors, tmp_path / name)
     got = load_state_dict(tmp_path)
@@ -300,7 +299,7 @@ def test_spoilt_weights_are_named(tmp_path, kind, spoil):
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, torch.zeros(3)], ids=["list", "numbers", "tensor"])
-def test_pickles_of_something_else(tmp_path, content):
+def test_pickles_without_a_dict_of_tensors_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="must hold a dict of tensors"):
         load_state_dict(tmp_path)

@@ -1,4 +1,4 @@
-"""`resolve`: a name becomes a folder, of this machine or from the hub, which gives only what is needed."""
+"""`resolve`: a name becomes a folder, on this machine or from the hub, from which only needed files come."""
 
 from fnmatch import fnmatch
 
@@ -21,7 +21,7 @@ def test_local_folders(tmp_path, marker, monkeypatch):
     folder = make_model(tmp_path / "model", marker)
     assert resolve(folder) == resolve(str(folder)) == folder
     monkeypatch.chdir(tmp_path)
-    assert resolve("model").resolve() == folder  # before any hub id of that name
+    assert resolve("model").resolve() == folder  # a local folder wins over a hub id of the same name
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/model") == folder
 
@@ -46,7 +46,7 @@ def test_not_a_model(tmp_path, monkeypatch, name, message):
 
 
 class Hub:
-    """Stands for the hub: a repository of files, of which a download takes what the patterns name."""
+    """Stands for the hub: a repository of files. A download takes the files that match the patterns."""
 
     def __init__(self, folder, *names, error=None):
         self.folder, self.names, self.error, self.calls = folder, names, error, []
@@ -83,20 +83,20 @@ OTHERS = ["README.md", "model.onnx", "onnx/model.onnx", "openvino/model.bin", "t
           "coreml/model.safetensors", "rust_model.ot", "training_args.bin", "optimizer.pt"]  # fmt: skip
 
 
-def test_the_hub_gives_only_what_is_needed(hub):
+def test_only_needed_files_are_downloaded(hub):
     fake = hub(*DESCRIPTIONS, *OTHERS, "model.safetensors", "pytorch_model.bin")
     folder = resolve("owner/name", revision="v1")
     assert files(folder) == sorted([*DESCRIPTIONS, "model.safetensors"])
     assert fake.calls == [("owner/name", "v1")]
 
 
-def test_pickled_weights_come_only_where_there_are_no_safetensors(hub):
+def test_pickled_weights_are_downloaded_only_without_safetensors(hub):
     fake = hub(*DESCRIPTIONS, *OTHERS, "pytorch_model.bin")
     assert files(resolve("name")) == sorted([*DESCRIPTIONS, "pytorch_model.bin"])
     assert fake.calls == [("name", None)] * 2
 
 
-def test_other_frameworks_weights_come_only_where_there_are_no_others(hub):
+def test_other_frameworks_weights_are_downloaded_only_without_others(hub):
     google = ["bert_config.json", "bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001", "vocab.txt"]
     fake = hub(*google, *OTHERS, "bert-q4_0.gguf")
     assert files(resolve("name")) == sorted(google)
@@ -116,7 +116,7 @@ def test_shards_and_old_sentence_transformers_folders(hub):
 
 @pytest.mark.parametrize("inside", ["", "0_Transformer/", "query_0_Transformer/"])
 def test_weights_of_sentence_transformers_modules_come_in_either_format(hub, inside):
-    """Old repositories have Dense as a pickle alone, beside a BERT that was given safetensors later."""
+    """Old repositories have Dense only as a pickle, beside a BERT to which safetensors were added later."""
     weights = [f"{inside}model.safetensors", "2_Dense/pytorch_model.bin", "2_Router/query_0_Dense/model.safetensors",
                "document_1_Dense/model.safetensors"]  # fmt: skip
     configs = ["modules.json", "router_config.json", "2_Router/router_config.json", "3_Asym/140_Dense/config.json",
@@ -130,7 +130,7 @@ def hub_error(name: str, text: str = "first line\nsecond line") -> Exception:
     from huggingface_hub import errors
 
     kind = getattr(errors, name)
-    return kind.__new__(kind, text)  # their constructors want an HTTP response
+    return kind.__new__(kind, text)  # the constructors need an HTTP response
 
 
 HUB_ERRORS = {
@@ -158,7 +158,7 @@ def test_network_errors_are_one_line(hub, error):
 
 
 def test_offline_and_not_in_the_cache(monkeypatch, tmp_path):
-    """The real client, told that there is no network."""
+    """The real client in offline mode."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="cannot get 'owner/no-such-model'"):

@@ -1,4 +1,4 @@
-"""`load_into`: tensors into a module by name: prefixes, old names, tied ones, and what does not fit."""
+"""`load_into`: tensors go into a module by name: prefixes, old names, tied tensors, and what does not fit."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.once
 
 
 class Encoder(nn.Module):
-    """The shape of a BERT's names, small."""
+    """A small module with names like those of a BERT."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Head(nn.Module):
 
 
 def randomized(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A state with the module's names, its tied names holding one value, other than the module's."""
+    """A state with the module's names and new values; tied names have the same value."""
     values = {}
     return {
         name: values.setdefault(id(t), torch.randn(t.shape)).clone()
@@ -50,7 +50,7 @@ def test_load_exact_names():
     torch.testing.assert_close(module.state_dict(), tensors, rtol=0, atol=0)
 
 
-def test_prefix_is_taken_away():
+def test_prefix_is_removed():
     module = Encoder()
     tensors = randomized(module)
     assert load_into(module, prefixed(tensors)) == ([], [])
@@ -91,7 +91,7 @@ def test_the_exact_name_wins_over_the_prefixed(tmp_path):
 
 
 def test_a_tied_name_is_not_missing(tmp_path):
-    """Saved weights hold a tied tensor once, under either name."""
+    """A tied tensor is saved once, under either name."""
     module = Head()
     tensors = randomized(module)
     for left_out in ("decoder.weight", "bert.embeddings.word_embeddings.weight"):
@@ -104,7 +104,7 @@ def test_a_tied_name_is_not_missing(tmp_path):
 
 
 def test_tied_names_with_different_values():
-    """One of the two would be lost without a word."""
+    """Otherwise one of the two would be lost without a word."""
     tensors = randomized(Head()) | {"decoder.weight": torch.randn(7, 4)}
     with pytest.raises(CheckpointError, match=r"1 tied in the module but different in the file \(decoder.weight and"):
         load_into(Head(), tensors)
@@ -126,7 +126,7 @@ def test_missing_unexpected_and_misshapen_are_listed_in_one_line():
         "some/folder does not fit Encoder: 2 missing (encoder.1.weight, encoder.1.bias); 1 unexpected (cls.bias); "
         "1 that do not fit (encoder.0.bias: [5] in the file, [4] in the module)"
     )
-    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)  # nothing is loaded in part
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)  # nothing was loaded
 
 
 def test_long_lists_end_in_a_count():
@@ -135,7 +135,7 @@ def test_long_lists_end_in_a_count():
     assert "x.10" not in str(caught.value)
 
 
-def test_patterns_of_what_may_be_missing_or_unexpected():
+def test_names_that_may_be_missing_or_unexpected():
     tensors = prefixed(randomized(Encoder())) | {
         "cls.predictions.bias": torch.zeros(1),
         "classifier.weight": torch.ones(1),
@@ -149,14 +149,14 @@ def test_patterns_of_what_may_be_missing_or_unexpected():
         load_into(Encoder(), tensors, ignore_unexpected=["cl*"])
 
 
-def test_not_strict_still_wants_shapes():
+def test_not_strict_still_checks_shapes():
     assert load_into(Encoder(), {"x": torch.zeros(1)}, strict=False).unexpected == ["x"]
     with pytest.raises(CheckpointError, match=r"encoder.0.bias: \[5\] in the file"):
         load_into(Encoder(), {"encoder.0.bias": torch.zeros(5)}, strict=False)
 
 
-def test_whole_numbers_for_real_ones():
-    """int8 weights fit by shape, but mean nothing without their scales."""
+def test_integers_do_not_fit_floating_point_parameters():
+    """int8 weights have the right shape, but mean nothing without their scales."""
     tensors = randomized(Encoder()) | {"encoder.0.weight": torch.ones(4, 4, dtype=torch.int8)}
     with pytest.raises(CheckpointError, match=r"encoder.0.weight: torch.int8 in the file, torch.float32 in the module"):
         load_into(Encoder(), tensors)

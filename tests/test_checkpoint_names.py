@@ -1,4 +1,4 @@
-"""Checkpoints with heads and prefixes of other names: the encoder is AutoModel's, and what is left out is named."""
+"""Checkpoints with other heads and prefixes: the encoder is that of AutoModel, and what is left out is named."""
 
 import json
 import warnings
@@ -38,7 +38,7 @@ def layer_too_many(state):
     return state | {name.replace("layer.1.", "layer.2."): t for name, t in last.items()}
 
 
-# name -> (the encoder's state -> the checkpoint, the beginnings of what is left out with a warning)
+# name -> (function from the encoder's state to the checkpoint, prefixes of what is left out with a warning)
 LOADED = {
     "bare": (lambda s: s, ()),
     "prefix": (lambda s: prefixed("bert.", s), ()),
@@ -53,7 +53,7 @@ LOADED = {
 
 
 def load(folder):
-    """(our model, the warnings of loading it)."""
+    """(our model, the warnings while loading it)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = BertModel.from_pretrained(folder, impl="native")
@@ -82,8 +82,8 @@ def test_what_auto_model_loads_is_loaded_and_the_rest_is_named(name, encoder, tm
     assert len(shown) >= min(len(others), 10)
 
 
-def test_the_prefix_of_data_parallel_is_taken_away(encoder, tmp_path):
-    """AutoModel of transformers 5 loads nothing of such a file, and computes with random weights."""
+def test_the_prefix_of_data_parallel_is_removed(encoder, tmp_path):
+    """AutoModel of transformers 5 loads nothing from such a file, and computes with random weights."""
     CONFIG.save_pretrained(tmp_path)
     state = prefixed("module.", prefixed("bert.", encoder.state_dict()) | head("linear"))
     torch.save(state, tmp_path / "pytorch_model.bin")
@@ -95,7 +95,7 @@ def test_the_prefix_of_data_parallel_is_taken_away(encoder, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.bert."])
 def test_an_old_archive_with_another_head(prefix, encoder, tmp_path):
-    """pytorch-pretrained-bert's, which only has the config of Google."""
+    """The archive is pytorch-pretrained-bert's, which has only Google's config."""
     (tmp_path / "bert_config.json").write_text(json.dumps(CONFIG.to_dict()))
     torch.save(prefixed(prefix, encoder.state_dict()) | head("module.score"), tmp_path / "pytorch_model.bin")
     ours, said = load(tmp_path)
@@ -115,8 +115,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("checkpoint", "changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_the_whole_encoder_is_refused(checkpoint, changes, message, encoder, tmp_path):
-    """transformers fills in random weights with a warning, or quantises in its own way."""
+def test_a_checkpoint_without_the_whole_encoder_is_refused(checkpoint, changes, message, encoder, tmp_path):
+    """transformers would warn and fill in random weights, or quantise in its own way."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict() | changes))
     state = checkpoint(encoder.state_dict())
     torch.save(state, tmp_path / "pytorch_model.bin")

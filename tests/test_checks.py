@@ -15,7 +15,7 @@ from fastbert.packing import PackedBatch
 
 IMPLS = ("triton", "native", "reference")
 TOKENS = 48
-# What a program that packs for itself got wrong -> starts of sequences over 48 tokens.
+# What a program that packs batches itself may get wrong -> starts of sequences over 48 tokens.
 BAD = {
     "falls": [0, 32, 16, 48],
     "past_the_end": [0, 16, 64],
@@ -40,7 +40,7 @@ def starts_of(numbers):
 @pytest.mark.parametrize("width", [16, 10], ids=("in_cpp", "odd_width"))
 @pytest.mark.parametrize("grad", [False, True], ids=("inference", "training"))
 def test_attention_refuses_lengths(starts, impl, width, grad):
-    """On a CPU such lengths led to a corrupt heap, a loop of a minute, or rows that were never written."""
+    """On a CPU such lengths corrupted the heap, looped for a minute, or left rows unwritten."""
     q, k, v = (torch.randn(TOKENS, 2, width, requires_grad=grad) for _ in range(3))
     with pytest.raises(ValueError, match="cu_seqlens must start at 0, never fall and end at 48"):
         F.attention(q, k, v, starts_of(starts), TOKENS, impl=impl)
@@ -62,7 +62,7 @@ def test_cross_attention_refuses_lengths(starts, impl):
 
 @impls
 def test_a_bound_below_the_longest_sequence_is_refused(impl):
-    """A launch of Triton kernels goes by max_seqlen: rows past it would stay unwritten."""
+    """Triton kernels are launched for max_seqlen rows: the rows beyond it would stay unwritten."""
     q, k, v = (torch.randn(TOKENS, 2, 16) for _ in range(3))
     with pytest.raises(ValueError, match="max_seqlen is 31"):
         F.attention(q, k, v, starts_of([0, 16, 48]), 31, impl=impl)
@@ -107,9 +107,9 @@ def test_the_model_refuses_a_packed_batch_made_by_hand(model, starts, grad):
             model(replace(batch, cu_seqlens=starts_of(starts)))
 
 
-def test_batches_made_by_hand_are_looked_at_wherever_their_lengths_are_used(model):
-    """`pad` and the names for dropout put rows into other sequences; lengths beside cu_seqlens, which agreed with it in
-    their sum alone, decided who attends to whom; and no lengths at all were an IndexError."""
+def test_batches_made_by_hand_are_checked_wherever_their_lengths_are_used(model):
+    """`pad` and the row names for dropout put rows into other sequences. `lengths` that agreed with cu_seqlens only in
+    their sum decided which tokens attend to which. No lengths at all raised an IndexError."""
     batch = PackedBatch.from_lists([[5] * 16, [7] * 32])
     for starts in ([0, 32, 16, 48], [0, 16, 64], [0, 16, 2**31 - 1], [-16, 16, 48], []):
         wrong = replace(batch, cu_seqlens=starts_of(starts))
@@ -143,7 +143,7 @@ def test_the_model_refuses_a_bound_and_indices_that_do_not_fit(model):
 
 @impls
 def test_indices_outside_of_their_tables_are_refused(impl):
-    """The Triton kernels read a row of zeros for such an id, where torch raises."""
+    """The Triton kernels read a row of zeros for such an id; torch raises."""
     word, position, types = torch.randn(9, 32), torch.randn(5, 32), torch.randn(2, 32)
     weight, bias, good = torch.ones(32), torch.zeros(32), torch.tensor([0, 1, 1])
     for place, wrong in ((0, 9), (0, -1), (1, 2), (2, 5)):
@@ -172,8 +172,8 @@ def test_good_lengths_pass():
 
 
 @pytest.mark.once
-def test_a_device_is_looked_at_only_where_that_was_asked_for(monkeypatch):
-    """Looking waits for a GPU. A tensor on a device that has no memory here stands for one there."""
+def test_tensors_on_a_device_are_checked_only_on_request(monkeypatch):
+    """The check would wait for a GPU. A stub stands for a tensor on a GPU."""
     script = "import torch; from fastbert.kernels import _checks; print(_checks.CHECKS_DEVICES)"
     for value, expected in (("1", "True"), ("0", "False"), (None, "False")):
         environment = {name: v for name, v in os.environ.items() if name != "FASTBERT_CHECK"}
@@ -192,9 +192,9 @@ def test_a_device_is_looked_at_only_where_that_was_asked_for(monkeypatch):
         assert _checks.can_look(OnDevice()) is expected
 
     def refuses():
-        raise RuntimeError("what a torch that was built without CUDA does")
+        raise RuntimeError("torch was built without CUDA")
 
     monkeypatch.setattr(_checks, "CHECKS_DEVICES", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", refuses)
-    OnDevice.is_cuda = False  # of another kind of device
+    OnDevice.is_cuda = False  # another kind of device
     assert _checks.can_look(OnDevice())

@@ -1,6 +1,6 @@
-"""The command line: what it writes, in what order, in how much memory, and what it says when the input is bad.
+"""The command line: what it writes, in what order, with how much memory, and its messages for bad input.
 
-A BERT of one layer with random weights does the encoding, through the native operators: these tests are about files.
+A BERT of one layer with random weights encodes, through the native operators: these tests are about files.
 """
 
 import io
@@ -20,33 +20,26 @@ import torch
 from safetensors.numpy import load_file
 
 from command_line import run
-from fastbert import BertConfig, BertModel, Encoder
+from fastbert import BertModel, Encoder
 from fastbert.text.files import HEADER_BYTES, npy_header, safetensors_header
+from small_bert import LETTERS, save_bert
 
 pytestmark = pytest.mark.once
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdxyz")]
+WORDS = [*LETTERS, *(f"##{c}" for c in "abcdxyz")]
 WIDTH = 32
-PATIENCE = 600  # seconds after which a process hangs: any that does not has long ended, on a busy machine too
+PATIENCE = 600  # seconds; a process that takes longer counts as hanging, on a busy machine too
 TEXTS = ["a b c", "", "d", "abc xyz " * 7, "e f", "naïve \U0001f600 日本"]
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=64, initializer_range=0.5,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
-    return folder
+    return save_bert(tmp_path_factory.mktemp("model"), WORDS, hidden_size=WIDTH, initializer_range=0.5)
 
 
 @pytest.fixture
 def options(model_folder) -> list[str]:
-    """How every test encodes: the tests' environment would choose the interpreter otherwise, which is slow."""
+    """The options of every test: without them the tests' environment would choose the interpreter, which is slow."""
     return ["--model", str(model_folder), "--impl", "native", "--device", "cpu", "--dtype", "float32"]
 
 
@@ -81,19 +74,19 @@ def start(*argv, before=(), **pipes) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".jsonl"])
-def test_a_vector_a_line_in_order(suffix, texts_file, tmp_path, options, encoder):
+def test_each_line_gives_one_vector_in_order(suffix, texts_file, tmp_path, options, encoder):
     out = tmp_path / f"out{suffix}"
     assert run("encode", texts_file, "-o", out, *options) == 0
     vectors = read(out)
     assert vectors.dtype == np.float32
-    # nine digits, or four bytes, give back every bit
+    # nine digits, or four bytes, restore every bit
     np.testing.assert_array_equal(vectors, encoder.encode(TEXTS).numpy())
     one_at_a_time = torch.cat([encoder.encode([text]) for text in TEXTS])
     torch.testing.assert_close(torch.from_numpy(np.array(vectors)), one_at_a_time, atol=1e-5, rtol=1e-4)
 
 
 def test_order_across_chunks(tmp_path, options, encoder):
-    """Lines are sorted by length within a chunk, and must leave it in their own order, line by line."""
+    """Lines are sorted by length within a chunk, and must be written in their original order."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     texts = [" ".join(letters[: 1 + 7 * i % 13]) + " " + letters[i % 26] for i in range(2100)]
     source, out = tmp_path / "texts.txt", tmp_path / "out.npy"
@@ -110,7 +103,7 @@ def test_standard_input_and_output(texts_file, options, encoder, monkeypatch, ca
     assert [record["text"] for record in records] == TEXTS
     vectors = np.array([record["embedding"] for record in records], dtype=np.float32)
     np.testing.assert_array_equal(vectors, encoder.encode(TEXTS).numpy())
-    assert captured.err == b"", "a bar or a summary where standard error is no terminal"
+    assert captured.err == b"", "without a terminal there is no bar and no summary"
 
 
 def test_jsonl_keeps_its_other_fields(tmp_path, options, encoder):
@@ -128,7 +121,7 @@ def test_byte_order_mark_and_windows_line_ends(texts_file, tmp_path, options):
     windows.write_bytes(b"\xef\xbb\xbf" + texts_file.read_bytes().replace(b"\n", b"\r\n"))
     out = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     assert run("encode", texts_file, "-o", out[0], *options) == run("encode", windows, "-o", out[1], *options) == 0
-    assert out[0].read_bytes() == out[1].read_bytes()  # texts too: the tokenizer would drop both marks by itself
+    assert out[0].read_bytes() == out[1].read_bytes()  # texts too: the tokenizer itself would drop both marks
 
 
 @pytest.mark.parametrize(
@@ -183,8 +176,8 @@ def test_line_of_a_megabyte_is_cut_to_the_limit(tmp_path, options, encoder):
 
 
 @pytest.mark.parametrize("header", [npy_header, safetensors_header])
-def test_headers_have_room(header):
-    """The header is written over the room kept for it; the largest matrix on Earth must still fit."""
+def test_the_header_fits_its_reserved_space(header):
+    """The header is overwritten in the space reserved for it. The header of a gigantic matrix must still fit."""
     assert len(header(0, 1)) == len(header(10**12, 65536)) == HEADER_BYTES
 
 
@@ -205,7 +198,7 @@ def test_bar_and_summary_on_a_terminal(texts_file, tmp_path, options, monkeypatc
 
 
 def fails(capsys, code: int, message: str, *argv) -> None:
-    """One line on standard error, nothing on standard output."""
+    """Expects one line on standard error and nothing on standard output."""
     assert run(*argv) == code
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -233,7 +226,7 @@ def fails(capsys, code: int, message: str, *argv) -> None:
 )
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
 def test_bad_lines(name, content, message, suffix, tmp_path, options, capsys):
-    """The line is named, nothing is half written, and what was there before is still there."""
+    """The message names the line, no partial file is written, and an old file stays."""
     (tmp_path / "out").mkdir()
     source, out = tmp_path / name, tmp_path / "out" / f"out{suffix}"
     source.write_bytes(content)
@@ -278,7 +271,7 @@ def test_wrong_usage(words, message, texts_file, tmp_path, capsys):
     ],
     ids=["layer", "length", "impl", "device", "unknown", "folder"],
 )
-def test_what_cannot_be_done(words, message, texts_file, tmp_path, options, capsys, monkeypatch):
+def test_impossible_options_are_refused(words, message, texts_file, tmp_path, options, capsys, monkeypatch):
     if words[0] == "--device" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     from fastbert.kernels import _device
@@ -314,14 +307,14 @@ def test_truncated_and_wrong_checkpoints(texts_file, tmp_path, options, model_fo
     fails(capsys, 1, "has no weights", *argv)
 
 
-def test_places_that_cannot_be_read_or_written_are_found_out_first(texts_file, tmp_path, options, capsys, monkeypatch):
+def test_unusable_files_are_reported_before_loading(texts_file, tmp_path, options, capsys, monkeypatch):
     def loaded(*args, **kwargs):
         raise AssertionError("the model was loaded before the files were opened")
 
     monkeypatch.setattr(Encoder, "from_pretrained", loaded)
     read_only = tmp_path / "read_only"
     read_only.mkdir(mode=0o555)
-    if os.access(read_only, os.W_OK):  # root may write anywhere, but for what is no disk
+    if os.access(read_only, os.W_OK):  # root may write anywhere except to such places as /proc
         read_only = Path("/sys")
     out = tmp_path / "out.npy"
     fails(capsys, 1, "nowhere.txt: No such file", "encode", tmp_path / "nowhere.txt", "-o", out, *options)
@@ -347,7 +340,7 @@ def test_debug_shows_the_traceback(tmp_path, options, monkeypatch):
     ],
     ids=["bug", "lines"],
 )
-def test_any_error_is_said_in_one_line(error, message, texts_file, options, capsys, monkeypatch):
+def test_any_error_is_one_line(error, message, texts_file, options, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise error
 
@@ -355,7 +348,7 @@ def test_any_error_is_said_in_one_line(error, message, texts_file, options, caps
     fails(capsys, 1, message, "encode", texts_file, *options)
 
 
-# ---- long input, and ends before the end -----------------------------------------------------------------
+# ---- long input, and interrupted runs --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
@@ -370,13 +363,13 @@ def test_memory_does_not_grow_with_the_file(suffix, tmp_path, options):
         finally:
             tracemalloc.stop()
 
-    peak(100)  # imports
+    peak(100)  # imports everything
     few, many = peak(2048), peak(12 * 1024)
     assert many < 1.5 * few, f"{few:,} bytes for 2,048 lines, {many:,} for six times as many"
 
 
 def wait_for_vectors(process: subprocess.Popen, folder: Path) -> None:
-    """Until the process, whose input is still open, has written some into the only file of the folder."""
+    """Waits until the process, whose input is still open, has written vectors into the only file of the folder."""
     deadline = time.monotonic() + PATIENCE
     while sum(path.stat().st_size for path in folder.iterdir()) <= HEADER_BYTES:
         assert process.poll() is None, process.stderr.read()
@@ -389,10 +382,10 @@ def wait_for_vectors(process: subprocess.Popen, folder: Path) -> None:
 def test_interrupted_leaves_no_file(number, code, tmp_path, options, hearing):
     process = start("encode", "-", "-o", tmp_path / "out.npy", *options, stdin=subprocess.PIPE, before=hearing)
     try:
-        process.stdin.write(b"a b c\n" * 2500)  # more than two chunks, and no end: half the work is done
+        process.stdin.write(b"a b c\n" * 2500)  # more than two chunks without an end of input: half of the work is done
         process.stdin.flush()
         wait_for_vectors(process, tmp_path)
-        assert not (tmp_path / "out.npy").exists(), "the output had its name before it was whole"
+        assert not (tmp_path / "out.npy").exists(), "the output got its name before it was complete"
         process.send_signal(number)
         assert process.wait(timeout=PATIENCE) == code
         assert b"Traceback" not in process.stderr.read()
@@ -404,8 +397,8 @@ def test_interrupted_leaves_no_file(number, code, tmp_path, options, hearing):
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_signals_that_are_ignored_from_the_start_stay_ignored(workers, tmp_path, options):
-    """As in a shell's background job, which Ctrl-C in its terminal must not end, or under `trap '' TERM`."""
+def test_signals_ignored_at_the_start_stay_ignored(workers, tmp_path, options):
+    """As in a shell's background job, which Ctrl-C in its terminal must not end, or after `trap '' TERM`."""
     ignoring = (
         "import os, signal, sys; [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)]; "
         "os.execv(sys.argv[1], sys.argv[1:])"
@@ -429,7 +422,7 @@ def test_signals_that_are_ignored_from_the_start_stay_ignored(workers, tmp_path,
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
 def test_reader_that_leaves_early(tmp_path, options):
-    """`fastbert encode FILE | head -n 1` ends without a word."""
+    """`fastbert encode FILE | head -n 1` ends without an error."""
     source = tmp_path / "texts.txt"
     source.write_text("a b c\n" * 3000)
     process = start("encode", source, *options, stdout=subprocess.PIPE)

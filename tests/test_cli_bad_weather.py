@@ -1,4 +1,4 @@
-"""The commands in bad weather: endless lines, full disks, closed descriptors, killed parents, hostile folders."""
+"""The commands under bad conditions: endless lines, full disks, closed streams, killed parents, hostile folders."""
 
 import errno
 import json
@@ -14,27 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, Encoder
+from fastbert import BertModel, Encoder
 from fastbert.checkpoint import CheckpointError, load_state_dict, write_atomically
 from fastbert.text.files import InputError, read_lines
+from small_bert import save_bert
 
 pytestmark = pytest.mark.once
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-PATIENCE = 600  # seconds after which a process hangs: any that does not has long ended, on a busy machine too
+PATIENCE = 600  # seconds; a process that takes longer counts as hanging, on a busy machine too
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
-    return folder
+    return save_bert(tmp_path_factory.mktemp("model"))
 
 
 def command(folder: Path, *words) -> list[str]:
@@ -45,7 +37,7 @@ def command(folder: Path, *words) -> list[str]:
 
 
 def encode(folder: Path, *words, shell: str = "", **options) -> subprocess.CompletedProcess:
-    """`fastbert encode`; `shell`: redirections, by bash."""
+    """Runs `fastbert encode`, by bash if `shell` has redirections."""
     line = command(folder, *words)
     if shell:
         line = ["bash", "-c", f'"$@" {shell}', "bash", *line]
@@ -62,8 +54,8 @@ def said(process: subprocess.CompletedProcess) -> str:
 # ---- lines ------------------------------------------------------------------------------------------------
 
 
-def test_a_line_without_an_end_is_refused_by_its_place(folder, tmp_path):
-    """A file of 200 MB without a line end took 19.6 GB, and the tokenizer heard no SIGTERM for minutes."""
+def test_the_error_for_a_line_without_an_end_names_its_place(folder, tmp_path):
+    """A file of 200 MB without a line end took 19.6 GB, and SIGTERM did not stop the tokenizer for minutes."""
     file = tmp_path / "texts.txt"
     file.write_bytes(b"a b\n" + b"c " * 6_000_000 + b"\n")
     error = said(encode(folder, file, "-o", tmp_path / "o.npy"))
@@ -78,7 +70,7 @@ def test_a_line_without_an_end_is_refused_by_its_place(folder, tmp_path):
 
 
 def test_no_more_than_the_limit_is_read(tmp_path):
-    """The rest of a long line stays in the file; its end, and a byte order mark, do not count."""
+    """The rest of a long line stays unread. The line end and a byte order mark do not count."""
     file = tmp_path / "texts.txt"
     file.write_bytes(b"\xef\xbb\xbf" + b"x" * 50 + b"\r\n" + b"y" * 1_000_000)
     with open(file, "rb", buffering=0) as stream:
@@ -90,7 +82,7 @@ def test_no_more_than_the_limit_is_read(tmp_path):
 
 
 def test_empty_lines_may_end_a_file_of_objects(folder, tmp_path):
-    """Editors and `cat` leave one there; in the middle it is still an error, with the number of the empty line."""
+    """Editors and `cat` leave empty lines at the end. In the middle they are an error, which names the line."""
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     file.write_text('{"text": "a"}\n{"text": "b"}\n\n \r\n')
     assert encode(folder, file, "-o", out).returncode == 0
@@ -100,14 +92,14 @@ def test_empty_lines_may_end_a_file_of_objects(folder, tmp_path):
 
 
 @pytest.mark.parametrize("number", ["1e400", "NaN", "-Infinity"])
-def test_numbers_that_json_cannot_spell_are_not_written(number, folder, tmp_path):
-    """Python reads them and used to write Infinity and NaN, which other readers of JSON refuse."""
+def test_numbers_that_json_lacks_are_not_written(number, folder, tmp_path):
+    """Python reads such numbers, and wrote Infinity and NaN, which other JSON readers refuse."""
     file = tmp_path / "in.jsonl"
     file.write_text(f'{{"text": "a"}}\n{{"text": "b", "deep": [{{"x": {number}}}]}}\n')
     error = said(encode(folder, file, "-o", tmp_path / "out.jsonl"))
     assert "text 2 comes with a number that is not finite" in error
     assert not (tmp_path / "out.jsonl").exists()
-    assert encode(folder, file, "-o", tmp_path / "out.npy").returncode == 0  # which holds none of it
+    assert encode(folder, file, "-o", tmp_path / "out.npy").returncode == 0  # .npy holds none of the other fields
 
 
 # ---- descriptors and disks --------------------------------------------------------------------------------
@@ -123,7 +115,7 @@ def test_numbers_that_json_cannot_spell_are_not_written(number, folder, tmp_path
     ids=["stdin", "stdout", "full"],
 )
 def test_standard_streams_that_are_closed_or_full(words, shell, message, folder, tmp_path):
-    """Closed ones gave AttributeError: 'NoneType' object has no attribute 'buffer'."""
+    """Closed streams raised AttributeError: 'NoneType' object has no attribute 'buffer'."""
     (tmp_path / "t.txt").write_text("a\n")
     assert message in said(encode(folder, *words, shell=shell, cwd=tmp_path))
 
@@ -133,12 +125,12 @@ def test_standard_streams_that_are_closed_or_full(words, shell, message, folder,
     [
         ("info", ">&-", 1, "error: standard output is closed"),
         ("info", ">/dev/full", 1, "error: standard output: No space left on device"),
-        ("bench --help", ">&-", 0, ""),  # what argparse prints is lost, as in any program of Python
+        ("bench --help", ">&-", 0, ""),  # argparse's output is lost, as in any Python program
     ],
     ids=["closed", "full", "bench"],
 )
 def test_other_commands_whose_output_is_lost(words, shell, code, message, tmp_path):
-    """`info` said nothing and ended well, or named no file; `bench` gave AttributeError: no attribute 'flush'."""
+    """`info` succeeded without a word, or named no file; `bench` raised AttributeError: no attribute 'flush'."""
     line = f"{sys.executable} -m fastbert {words} {shell}"
     process = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False)
     assert process.returncode == code, process.stderr
@@ -154,7 +146,7 @@ def test_with_standard_error_closed_errors_do_not_reach_the_output(folder, tmp_p
 
 
 def test_a_full_disk_names_the_file(folder, tmp_path):
-    """Here a limit on the size of files; a disk without room is the same, and said nothing but `No space left`."""
+    """A limit on the size of files stands for a full disk, for which the message was only `No space left`."""
     file, out = tmp_path / "t.txt", tmp_path / "out.npy"
     file.write_text("a b\n" * 2000)
 
@@ -182,8 +174,8 @@ def names_in(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".jsonl"])
-def test_names_as_long_as_names_may_be(suffix, folder, tmp_path):
-    """A name of 249 characters is allowed, and the temporary name beside it, 14 longer, was not."""
+def test_file_names_of_the_greatest_length(suffix, folder, tmp_path):
+    """A name of 249 characters is allowed, but the temporary name beside it, which has 14 more, was too long."""
     (tmp_path / "t.txt").write_text("a\n")
     out = tmp_path / ("k" * (255 - len(suffix)) + suffix)
     assert encode(folder, tmp_path / "t.txt", "-o", out).returncode == 0
@@ -191,11 +183,11 @@ def test_names_as_long_as_names_may_be(suffix, folder, tmp_path):
 
 
 def test_hanging_up_leaves_no_file(folder, tmp_path):
-    """A terminal that is closed sends SIGHUP; it used to end the process at once, and its temporary file stayed."""
+    """Closing a terminal sends SIGHUP, which ended the process at once and left its temporary file."""
     out = tmp_path / "out" / "k.npy"
     out.parent.mkdir()
     process = subprocess.Popen(
-        command(folder, "-", "-o", out), stdin=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hears_hang_up
+        command(folder, "-", "-o", out), stdin=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=handles_hang_up
     )
     with process:
         wait_for(lambda: names_in(out.parent))
@@ -204,7 +196,7 @@ def test_hanging_up_leaves_no_file(folder, tmp_path):
     assert names_in(out.parent) == []
 
 
-def hears_hang_up() -> None:
+def handles_hang_up() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
@@ -215,7 +207,7 @@ def wait_for(condition) -> None:
         time.sleep(0.05)
 
 
-def test_the_next_run_removes_what_a_killed_one_left(folder, tmp_path):
+def test_the_next_run_removes_the_files_of_a_killed_run(folder, tmp_path):
     """SIGKILL leaves no time to clean up. Files that another process still writes, and files with other names, stay."""
     out = tmp_path / "out" / "k.npy"
     out.parent.mkdir()
@@ -238,7 +230,7 @@ def test_the_next_run_removes_what_a_killed_one_left(folder, tmp_path):
 
 # ---- workers ----------------------------------------------------------------------------------------------
 
-# Each worker computes a chunk that takes an hour when its parent is killed.
+# Each worker computes a chunk, for an hour, when its parent is killed.
 SLEEPERS = """
 import os, sys, time
 from fastbert.encoding import workers
@@ -252,7 +244,7 @@ if __name__ == "__main__":
 """
 
 
-# A child imports for an hour what its function lies in, as torch is imported for seconds.
+# A child spends an hour importing the module of its function, as importing torch takes seconds.
 IMPORTS = """
 import multiprocessing, os, time
 if multiprocessing.parent_process() is not None:
@@ -274,7 +266,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("main", [SLEEPERS, PARENT], ids=["at_work", "while_they_import"])
 def test_workers_end_with_a_parent_that_was_killed(main, folder, tmp_path):
-    """Workers used to compute for 20 seconds although their parent was gone, and to import torch before noticing."""
+    """Workers computed for 20 seconds after their parent was gone, and imported torch before they noticed."""
     program, busy = tmp_path / "program.py", tmp_path / "busy"
     program.write_text(main)
     (tmp_path / "imports.py").write_text(IMPORTS)
@@ -326,7 +318,7 @@ def copy_of(folder: Path, target: Path, **config) -> Path:
     ],
 )
 def test_sizes_that_the_weights_do_not_have(config, message, folder, tmp_path, monkeypatch):
-    """Ten million layers were built, one after another, before the weights were looked at."""
+    """fastbert built ten million layers, one by one, before it read the weights."""
 
     def built(*arguments, **options):
         raise AssertionError("a model was built")
@@ -338,7 +330,7 @@ def test_sizes_that_the_weights_do_not_have(config, message, folder, tmp_path, m
 
 @pytest.mark.parametrize("path", ["../secret", "/secret", "1_Pooling/../../secret"])
 def test_modules_json_does_not_lead_out_of_its_folder(path, folder, tmp_path):
-    """A downloaded folder could have any config.json of this machine read."""
+    """A downloaded folder could make fastbert read any config.json of the machine."""
     target, secret = copy_of(folder, tmp_path / "model"), tmp_path / "secret"
     secret.mkdir()
     (secret / "config.json").write_text('{"pooling_mode": "cls"}')
@@ -355,7 +347,7 @@ class Evil:
 
 
 def test_a_refused_pickle_does_not_advise_to_switch_the_safety_off(tmp_path):
-    """torch's own words are: "do those steps only if you trust the source", `weights_only=False`."""
+    """torch's own message says: "do those steps only if you trust the source", `weights_only=False`."""
     for name, zipped in (("legacy", False), ("zipped", True)):
         (tmp_path / name).mkdir()
         torch.save({"x": Evil()}, tmp_path / name / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)

@@ -54,7 +54,7 @@ def test_verify_is_a_command(capsys):
     assert re.fullmatch("fastbert: error: .*nonsense.*\n", said.err)
 
 
-def test_a_command_is_a_file_that_nothing_names(tmp_path, monkeypatch, capsys):
+def test_a_command_is_found_without_being_listed(tmp_path, monkeypatch, capsys):
     (tmp_path / "greet.py").write_text(
         'ORDER, SUMMARY = 9, "say good day"\n'
         'def add_arguments(parser): parser.add_argument("name")\n'
@@ -68,14 +68,14 @@ def test_a_command_is_a_file_that_nothing_names(tmp_path, monkeypatch, capsys):
     assert "say good day" in capsys.readouterr().out
 
 
-def test_commands_have_places_of_their_own():
-    """Two with one ORDER stand in `--help` as the file system lists their files, which differs between machines."""
+def test_no_two_commands_have_the_same_place_in_help():
+    """Two commands with one ORDER would stand in `--help` in an order that differs between file systems."""
     places = [command.ORDER for command in commands_found()]
     assert places == sorted(set(places))
     assert len(places) >= 16
 
 
-BENCH = {  # words -> exit code, and what is said: the benchmarks' own, from wherever the command is given
+BENCH = {  # words -> exit code, and output: the benchmarks' own, from any folder
     "help": (["--help"], 0, "Time fastbert and the alternatives to it on this machine"),
     "wrong_usage": (["--suite", "nothing"], 2, "fastbert: error: argument --suite"),
     "failed": (["--out", "nowhere/a.json", "--suite", "cold"], 1, "fastbert: error: no folder 'nowhere'"),

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export, whole graphs for changing lengths: BertModel and accelerated models."""
+"""torch.compile and torch.export of BertModel and accelerated models, in one graph for changing lengths."""
 
 import io
 
@@ -19,7 +19,7 @@ SIZES = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
     "max_position_embeddings": 40,
 }  # fmt: skip
-# lengths of batches of different shapes: one holds an empty sequence, one has single tokens alone
+# lengths in batches of different shapes; one batch has an empty sequence, one only single tokens
 BATCHES = ([9, 4, 2], [12, 1, 7, 3], [5, 0], [1, 1, 1])
 
 
@@ -52,7 +52,7 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def assert_right(got, model: BertModel, batch: dict[str, torch.Tensor]) -> None:
-    """Within the budget of transformers' own, at real tokens of sequences that have any."""
+    """Within the budget set by transformers' model, at the real tokens of non-empty sequences."""
     theirs = theirs_of(model)
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     with torch.no_grad():
@@ -65,8 +65,8 @@ def assert_right(got, model: BertModel, batch: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no_mask"])
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
 def test_bert_model_compiles_for_changing_lengths(grad, masked):
-    """With a mask the number of tokens is data. The pooler asked whether it is zero, and attention, where no text has
-    more than one token, whether it is the number of texts, so that no graph could be made."""
+    """With a mask, the number of tokens depends on data. The pooler branched on whether there are any, and attention,
+    where no text has more than one token, on whether there are as many as texts; so no graph could be made."""
     model = model_of()
     graph = compiled(model)
     for lengths in BATCHES:
@@ -87,7 +87,7 @@ def test_a_compiled_batch_without_a_token_gives_zeros():
 
 
 def test_bert_model_compiles_in_training():
-    """Dropout of probabilities is in the one opaque operator too. Its loop over lengths used to end the trace."""
+    """The dropout of probabilities is inside the opaque operator too. Its loop over lengths used to break the trace."""
     model = model_of(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.3).train()
     graph = compiled(model)
     for lengths in BATCHES[:2]:
@@ -107,8 +107,8 @@ def test_bert_model_compiles_in_training():
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["plain", "dropout"])
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["heads", "grouped"])
 def test_attention_compiles_with_its_gradients_where_no_cpp_takes_it(kv_heads, dropout):
-    """Autograd does not follow what runs inside an opaque operator: for a float64 model, and wherever the C++ is not
-    built, the backward pass of a compiled model used to raise."""
+    """Autograd cannot see inside an opaque operator: for a float64 model, and without the C++ operators, the backward
+    pass of a compiled model raised."""
     torch._dynamo.reset()
     lengths = [5, 5, 1, 8]
     spans = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -172,7 +172,7 @@ def test_pooling_compiles_where_the_number_of_tokens_is_data(mode):
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not_strict"])
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no_mask"])
 def test_bert_model_exports_for_changing_lengths(masked, strict):
-    """torch.export refused what BertModel returns, which was no pytree, and every mask."""
+    """torch.export refused every mask, and BertModel's output, which was not a pytree."""
     model = model_of()
     first = batch_of(BATCHES[0], masked)
     shapes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in first}
@@ -211,7 +211,7 @@ def test_a_packed_batch_is_an_input_of_an_exported_program():
 )
 @pytest.mark.filterwarnings("ignore")
 def test_accelerated_models_export_for_changing_lengths(prefix, strict):
-    """Padding stays in the program, so it holds for other masks; with the numbers of the model that was accelerated."""
+    """The program keeps padding, so it also holds for other masks. It gives the results of the accelerated model."""
     sizes = SIZES | ({"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64} if prefix == "DistilBert" else {})
     sizes |= {"embedding_size": 16} if prefix == "Electra" else {}
     sizes |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}

@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(not _device.HAS_TRITON, reason="triton is not 
 
 
 def _report(*arguments: str) -> subprocess.CompletedProcess:
-    """The command line on the example kernels."""
+    """Runs the command on the example kernels."""
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "benchmarks.inspection.compile_report", "--module", "example_kernels", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -28,7 +28,7 @@ def _report(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """(finished process, {(arch, name): report}) of all example kernels; compiled once for all tests."""
+    """(finished process, {(arch, name): report}) of all example kernels, compiled once for all tests."""
     out = tmp_path_factory.mktemp("report") / "report.json"
     done = _report("--arch", "sm_80,gfx942,sm_90", "--json", str(out))
     assert out.exists(), done.stderr
@@ -75,7 +75,7 @@ def test_each_fault_is_found(everything, arch, name, failure):
 
 @needs_triton
 def test_overwritten_operands_are_found(everything):
-    """Triton issue 9433: a left operand is converted in registers for the next product while the last one reads it."""
+    """Triton issue 9433: a left operand in registers is converted for the next product while the last one reads it."""
     if tuple(map(int, version("triton").split(".")[:2])) >= (3, 8):
         pytest.skip("from Triton 3.8 on, whether the machine code is right depends on the assembler")
     (found,) = everything[1]["sm_90", "product[operands_overwritten]"]["failures"]
@@ -112,7 +112,7 @@ def test_facts_are_read_from_the_machine_code(everything):
     assert reports["sm_90", "copy_rows[good]"]["widest_load"] == 128
     assert reports["sm_90", "copy_rows[narrow]"]["widest_load"] == 16
     (loop,) = reports["sm_90", "copy_rows[good]"]["loops"]
-    # eight elements a load of 128 bits, however often the compiler unrolled; 16 lanes of exp2 a cycle, four warps
+    # eight elements in a load of 128 bits, whatever the compiler unrolled; 16 lanes of exp2 a cycle for four warps
     assert loop["mix"]["exp2"] == 8 * loop["mix"]["global"] // 2
     assert loop["cycles"]["exp2"] == loop["mix"]["exp2"] * 4 * 32 // 16
 
@@ -127,7 +127,7 @@ def test_fast_subset_is_clean_and_prints_a_table():
 
 
 @needs_triton
-def test_nothing_to_compile_is_no_success():
+def test_nothing_to_compile_is_an_error():
     assert _report("--kernel", "no such kernel", "--arch", "sm_90").returncode == 1
 
 
@@ -136,7 +136,7 @@ def test_nothing_to_compile_is_no_success():
 
 @pytest.fixture(scope="module")
 def compile_report():
-    """Imported with the repository's root on the path for this moment alone: `kernels` must not be importable."""
+    """Imports it with the repository's root on the path only here, because `kernels` must not be importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
         return importlib.import_module("benchmarks.inspection.compile_report")
@@ -153,11 +153,12 @@ def machine_code(compile_report):
         ("sm_90", 4, 32, 0, 0, 16, "warps"),
         ("sm_90", 1, 32, 0, 0, 32, "CTAs"),
         ("sm_90", 4, 64, 0, 0, 8, "registers"),
-        ("sm_90", 4, 65, 0, 0, 7, "registers"),  # as 72: they come eight a lane
+        ("sm_90", 4, 65, 0, 0, 7, "registers"),  # counted as 72: registers come in groups of eight
         ("sm_90", 8, 255, 0, 0, 1, "registers"),
-        ("sm_90", 1, 90, 0, 0, 20, "registers"),  # the file would hold 21 warps, but its four parts hold 5 each
-        ("sm_90", 4, 64, 32 * 1024, 0, 6, "shared"),  # 33 KB each with what the system takes, of 228
-        ("sm_80", 4, 64, 32 * 1024, 0, 4, "shared"),  # of 164
+        # the register file would hold 21 warps, but each of its four parts holds 5
+        ("sm_90", 1, 90, 0, 0, 20, "registers"),
+        ("sm_90", 4, 64, 32 * 1024, 0, 6, "shared"),  # 33 KB each with the system's share, of 228 KB
+        ("sm_80", 4, 64, 32 * 1024, 0, 4, "shared"),  # of 164 KB
         ("sm_90", 8, 128, 228 * 1024, 0, 0, "shared"),
         ("sm_100", 4, 64, 0, 128, 4, "tensor memory"),
         ("gfx942", 4, 128, 0, 0, 4, "registers"),
@@ -182,11 +183,11 @@ def test_occupancy_is_that_of_the_vendors_rules(
         ("sm_90", ["*bf16"], {"wants_matrix": True, "matrix_opcode": "HGMMA.64x64x16.F32.BF16"}, None),
         ("sm_90", ["tensordesc<bf16[64, 64]>"], {}, "no bulk copies (UTMALDG|UBLKCP)"),
         ("sm_90", ["tensordesc<bf16[64, 64]>"], {"bulk_copies": 2}, None),
-        ("sm_80", ["tensordesc<bf16[64, 64]>"], {}, None),  # has no such instruction
+        ("sm_80", ["tensordesc<bf16[64, 64]>"], {}, None),  # this architecture has no such instruction
         ("gfx942", ["tensordesc<bf16[64, 64]>"], {}, None),
     ],
 )
-def test_what_a_kernel_is_meant_to_have(compile_report, arch, kinds, has, failure):
+def test_expected_instructions_that_are_missing_are_a_failure(compile_report, arch, kinds, has, failure):
     signature = {f"x{n}": kind for n, kind in enumerate(kinds)}
     case = compile_report.CompileCase("k", "m:k", signature, {}, {}, {})
     report = compile_report.Report("m", "k", arch, **has)
@@ -206,7 +207,7 @@ def test_products_are_found_in_tritons_own_code(compile_report, operation, wants
     assert compile_report.wants_matrix(f"module {{\n  {operation}\n}}") is wants
 
 
-# An outer loop around an inner one that waits on a barrier; the wait's slow path lies behind the end and jumps back.
+# An outer loop around an inner loop that waits at a barrier. The wait's slow path comes after EXIT and jumps back.
 SASS = """
 .text.kernel:
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -237,12 +238,12 @@ def test_the_inner_loop_is_found(machine_code):
     ((always, sometimes),) = machine_code.inner_loops(code)
     assert machine_code.instruction_mix(always) == {"matrix": 1, "exp2": 1, "shared": 1, "control": 3, "total": 6}
     assert machine_code.instruction_mix(sometimes) == {"control": 3, "total": 3}, "the slow path of the wait"
-    # the outer loop, the inner, the wait; the trap behind the end is never reached, and loops to itself
+    # the outer loop, the inner loop, the wait, and the unreachable trap after the end, which loops to itself
     assert sorted(len(loop.body) for loop in machine_code.find_loops(code)) == [1, 2, 9, 12]
 
 
-def test_what_stands_under_a_condition_is_counted_apart(machine_code):
-    """As the epilogue of a persistent kernel: one loop over all tiles' blocks, a store where a tile ends."""
+def test_conditional_code_is_counted_separately(machine_code):
+    """As in the epilogue of a persistent kernel: one loop over all tiles' blocks, and a store where a tile ends."""
     code = machine_code.parse_sass("""
 .L_x_0:
         /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR24], R24 ;

@@ -1,4 +1,4 @@
-"""`fastbert compress-report`: every number against what it says it is; no test asserts a time."""
+"""`fastbert compress-report`: every number is what its name says. No test asserts a time."""
 
 import json
 import math
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.once
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """(the first model, a pruned one, the examples)."""
+    """(folder of the first model, of a pruned one, the examples)."""
     folder = tmp_path_factory.mktemp("made")
     first, small = tuned(folder / "first"), folder / "small"
     assert run("prune", first, "-o", small, "--heads", "0:1,3;1:0,1,2,3", "-q") == 0
@@ -92,7 +92,7 @@ def test_rounds_take_turns_and_the_first_does_not_count(folders, monkeypatch):
 
 
 def test_scores_that_are_undefined(folders, tmp_path, monkeypatch):
-    """A correlation with one number alone, say: null in JSON, and no circle in the picture."""
+    """A correlation of a constant, for example, is null in JSON and has no circle in the picture."""
     of_model = report_module._scored
 
     def scored(party, *others):
@@ -123,7 +123,7 @@ def test_a_folder_in_8_bits_counts_its_integers_and_is_run_once(folders, tmp_pat
     assert picture(report).count("<circle") == 3
 
 
-def test_what_cannot_be_compared(folders, tmp_path, capsys):
+def test_models_that_cannot_be_compared_are_refused(folders, tmp_path, capsys):
     first, _small, data = folders
     other = tuned(tmp_path / "other", id2label={0: "a", 1: "b"})
     pairs, plain, half = tuned(tmp_path / "pairs"), tuned(tmp_path / "plain"), tuned(tmp_path / "half")

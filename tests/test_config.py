@@ -1,4 +1,4 @@
-"""BertConfig: transformers reads what we write, we read what it writes, and wrong numbers are named."""
+"""BertConfig: transformers reads what we write, we read what transformers writes, and errors name wrong numbers."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def test_defaults_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.BertConfig(), BertConfig.base()
     for f in dataclasses.fields(ours):
-        if f.name not in ("extra", "position_embedding_type", "pruned_heads"):  # which transformers 5 has no more
+        if f.name not in ("extra", "position_embedding_type", "pruned_heads"):  # fields that transformers 5 removed
             assert getattr(ours, f.name) == getattr(theirs, f.name), f.name
     assert ours.num_labels == theirs.num_labels
 
@@ -60,7 +60,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_round_trip_through_transformers(tmp_path, changes):
-    """Ours -> file -> theirs -> file -> ours: no number changes on the way."""
+    """Written by us, read and written by transformers, read by us: no number changes."""
     transformers = pytest.importorskip("transformers")
     ours = BertConfig.from_dict(TINY | {"architectures": ["BertModel"]} | changes)
     ours.save_pretrained(tmp_path)
@@ -114,7 +114,7 @@ def test_dtype_under_both_spellings(spelling):
 
 
 def test_labels():
-    config = BertConfig(id2label={"0": "no", "1": "yes"})  # JSON has only text keys
+    config = BertConfig(id2label={"0": "no", "1": "yes"})  # JSON has only strings as keys
     assert config.id2label == {0: "no", 1: "yes"}
     assert config.label2id == {"no": 0, "yes": 1}
     config.num_labels = 2
@@ -122,11 +122,11 @@ def test_labels():
     config.num_labels = 3
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert dataclasses.replace(config, hidden_size=24).num_labels == 3
-    assert BertConfig.from_dict({"num_labels": 5}).num_labels == 5  # written so by old versions
+    assert BertConfig.from_dict({"num_labels": 5}).num_labels == 5  # as old versions wrote it
     named = {"id2label": {"0": "a", "1": "b", "2": "c"}}
     assert BertConfig.from_dict(named, num_labels=4).id2label[3] == "LABEL_3"
     assert BertConfig.from_dict(named, num_labels=3).id2label[2] == "c"
-    assert BertConfig.from_dict(named | {"num_labels": 2}).num_labels == 3  # transformers': the names decide
+    assert BertConfig.from_dict(named | {"num_labels": 2}).num_labels == 3  # as in transformers, the names decide
     with pytest.raises(ValueError, match="num_labels is 3, but id2label has 2"):
         BertConfig(num_labels=3, id2label={0: "no", 1: "yes"})
 
@@ -143,7 +143,7 @@ def test_activations_mean_what_transformers_means(name):
     config = BertConfig(hidden_act=name)
     x = torch.linspace(-6, 6, 401, dtype=torch.float64)
     theirs = transformers.activations.ACT2FN[config.hidden_act](x)
-    # gelu_fast has the constant sqrt(2 / pi) in ten digits
+    # gelu_fast has the constant sqrt(2 / pi) with ten digits
     torch.testing.assert_close(reference.ACTIVATION_FUNCTIONS[config.activation](x), theirs, rtol=1e-7, atol=1e-7)
 
 

@@ -1,4 +1,4 @@
-"""Tables into a folder of parts with vectors: what is in them, which rows make which part, what is refused."""
+"""Tables become a folder of parts with vectors: the contents, which rows make which part, and what is refused."""
 
 import importlib.metadata
 import json
@@ -46,7 +46,7 @@ def encoder(folder):
 # ---- what comes out ----------------------------------------------------------------------------------------
 
 
-def test_a_vector_a_row_beside_the_columns_that_are_kept(folder, encoder, tmp_path):
+def test_each_row_has_a_vector_and_the_kept_columns(folder, encoder, tmp_path):
     table = table_of(500)
     write(tmp_path / "in" / "a.parquet", table.slice(0, 280), row_group_size=90)
     write(tmp_path / "in" / "deep" / "b.parquet", table.slice(280), row_group_size=1000)
@@ -64,7 +64,7 @@ def test_a_vector_a_row_beside_the_columns_that_are_kept(folder, encoder, tmp_pa
     told = json.loads(found.schema.metadata[b"fastbert"])
     assert told["dimension"] == encoder.dimension
     assert (told["pooling"], told["normalize"], told["prompt"]) == ("mean", False, "")
-    assert told["versions"]["torch"] == importlib.metadata.version("torch")  # without the +cu130 of torch.__version__
+    assert told["versions"]["torch"] == importlib.metadata.version("torch")  # without the +cu130 in torch.__version__
     assert not list(verify(Manifest(str(tmp_path / "out")), [outcome.unit for outcome in outcomes]))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "manifest", "unfinished"]
 
@@ -79,8 +79,8 @@ def test_every_kind_of_file(folder, encoder, tmp_path):
         np.testing.assert_allclose(vectors_of(found)[0], encoder.encode(texts_of(40)).numpy(), atol=1e-5)
 
 
-def test_lines_are_cut_where_they_begin(tmp_path, folder):
-    """Every line is in one part, wherever the bytes are cut, and a quoted line end does not end a value of .csv."""
+def test_parts_begin_at_the_start_of_a_line(tmp_path, folder):
+    """Every line is in exactly one part, wherever the bytes are cut. A quoted line end does not end a value in .csv."""
     rows = [{"text": "é" * (i % 7) + f" {i}"} for i in range(60)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -114,7 +114,7 @@ def test_row_groups_into_parts(sizes, rows, expected):
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_precisions(precision, folder, encoder, tmp_path):
-    """The budget is the precision's own: half a unit in the last place."""
+    """The budget is that of the precision: half a unit in the last place."""
     path = write(tmp_path / "a.parquet", table_of(50))
     encode(folder, [path], tmp_path / "out", encoder, precision=precision)
     found, exact = vectors_of(read(tmp_path / "out"))[0], encoder.encode(texts_of(50)).numpy()
@@ -125,7 +125,7 @@ def test_precisions(precision, folder, encoder, tmp_path):
 
 
 def test_kept_columns_of_types_that_parquet_lacks(folder, encoder, tmp_path):
-    """Parquet stores seconds as milliseconds and date64 as date32: `--verify` found fault with whole parts. A column of
+    """Parquet stores seconds as milliseconds and date64 as date32, so `--verify` rejected correct parts. A column of
     nulls ended the run, and run-end encoded columns had no cast."""
     days = [86_400_000 * i for i in range(4)]
     table = pa.table(
@@ -159,7 +159,7 @@ def test_a_column_that_cannot_be_kept_is_refused_before_anything_is(kind, folder
 
 @pytest.mark.parametrize("nulls", ["null", "fill", "encode", "refuse"])
 def test_rows_without_texts(nulls, folder, encoder, tmp_path):
-    """Empty texts are texts, unless they are said to be none."""
+    """Empty texts count as texts, unless an option makes them nulls."""
     table = pa.table({"number": range(5), "text": ["a", None, "", " ", "b"]})
     path, plain = write(tmp_path / "a.parquet", table), encoder.encode(["a", "", "", " ", "b"]).numpy()
     options = {"id": "number", "nulls": nulls}
@@ -175,7 +175,7 @@ def test_rows_without_texts(nulls, folder, encoder, tmp_path):
     assert not found[~valid].any()
     column = read(tmp_path / "out").column("embedding")
     assert column.null_count == (nulls == "null")
-    assert column.type.value_field.nullable == (nulls == "null")  # otherwise Lance cannot take the null
+    assert column.type.value_field.nullable == (nulls == "null")  # otherwise Lance cannot store the null
     encode(folder, [path], tmp_path / "empty", encoder, empty_is_null=True, **options)
     found, valid = vectors_of(read(tmp_path / "empty"))
     assert valid.tolist() == [True, *[nulls == "encode"] * 3, True]
@@ -200,7 +200,7 @@ def test_equal_texts_are_computed_once(folder, encoder, tmp_path, monkeypatch):
 
 def test_equal_values_make_equal_bytes(folder, encoder, tmp_path, monkeypatch):
     """Chunks, dictionaries, large strings, the name of a list's child, pandas' metadata, and how many rows are read and
-    computed at once leave no trace."""
+    computed at once do not change the bytes."""
     table = table_of(700).append_column("long", pa.array([f"{i} " * 5000 for i in range(700)]))
     write(tmp_path / "one" / "a.parquet", table, row_group_size=300)
     other = table.set_column(1, "text", table.column("text").dictionary_encode())
@@ -220,8 +220,8 @@ def test_equal_values_make_equal_bytes(folder, encoder, tmp_path, monkeypatch):
     assert found[0] == found[1]
 
 
-def test_options_that_had_no_effect_are_noticed(folder, encoder, tmp_path, monkeypatch):
-    """pyarrow ignores the option of a column that is not there: a misspelt path left a column packed by default."""
+def test_writer_options_without_effect_are_an_error(folder, encoder, tmp_path, monkeypatch):
+    """pyarrow ignores the option of a missing column: a misspelt path left a column with the default compression."""
     path = write(tmp_path / "a.parquet", table_of(20))
     right = writing.leaves_of
     for option, message in (("embedding", "compression of the column 'embedding.list.element'"), ("tags", "tags")):
@@ -232,7 +232,7 @@ def test_options_that_had_no_effect_are_noticed(folder, encoder, tmp_path, monke
         assert not hashes(tmp_path / option)
 
 
-def test_the_hash_of_values_does_not_see_how_they_were_cut():
+def test_the_hash_of_values_does_not_depend_on_chunks():
     table = table_of(100).append_column(
         "pairs", pa.array([[("k", i)] * (i % 2) for i in range(100)], pa.map_("string", "int32"))
     )
@@ -257,7 +257,7 @@ def test_the_hash_of_values_does_not_see_how_they_were_cut():
         assert hash_of([pa.table({"a": values})]) != hash_of([pa.table({"a": values[::-1]})]), values
 
 
-# ---- going on ----------------------------------------------------------------------------------------------
+# ---- second runs -------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_makes_what_is_missing(folder, encoder, tmp_path):
@@ -266,7 +266,7 @@ def test_a_second_run_makes_what_is_missing(folder, encoder, tmp_path):
     whole = hashes(out)
     assert encode(folder, [path], out, encoder) == []
     _, second, third = sorted((out / "manifest" / "parts").iterdir())
-    second.unlink()  # killed between a part and its receipt
+    second.unlink()  # as if killed between a part and its receipt
     (out / "data" / third.with_suffix(".parquet").name).unlink()
     third.unlink()
     assert done(encode(folder, [path], out, encoder)) == 2
@@ -311,7 +311,7 @@ def test_verify_finds_what_is_wrong(folder, encoder, tmp_path):
     encode(folder, [path], out, encoder)
     manifest, (_, units) = Manifest(str(out)), plan([str(path)], job_of(folder, out))
     files = sorted((out / "data").iterdir())
-    parquet.write_table(parquet.read_table(files[0]), files[0])  # the same values in other bytes
+    parquet.write_table(parquet.read_table(files[0]), files[0])  # the same values in different bytes
     changed = bytearray(files[1].read_bytes())
     changed[len(changed) // 3] ^= 1
     files[1].write_bytes(changed)
@@ -357,7 +357,7 @@ def test_tables_that_cannot_be_encoded_are_refused_before_anything_is(folder, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_corrupt_row_group_costs_its_part_alone(folder, encoder, tmp_path):
+def test_a_corrupt_row_group_costs_only_its_part(folder, encoder, tmp_path):
     path, out = write(tmp_path / "a.parquet", table_of(300), row_group_size=100, compression="none"), tmp_path / "out"
     column = parquet.read_metadata(path).row_group(1).column(1)
     content = bytearray(path.read_bytes())
@@ -371,9 +371,9 @@ def test_a_corrupt_row_group_costs_its_part_alone(folder, encoder, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_a_vector_that_is_not_finite_stops_its_part_by_the_row(precision, folder, tmp_path):
+def test_the_error_for_a_vector_that_is_not_finite_names_its_row(precision, folder, tmp_path):
     encoder = Encoder.from_pretrained(folder, **PLAIN)
-    with torch.no_grad():  # whoever reads a "z" gets a number that is none, or one that float16 cannot hold
+    with torch.no_grad():  # the vector of a text with "z" is not finite, or too large for float16
         encoder.model.embeddings.word_embeddings.weight[encoder.tokenizer.token_to_id("z")] = torch.nan
     if precision == "float16":
         encoder = Encoder.from_pretrained(folder, **PLAIN)
@@ -391,9 +391,9 @@ def test_a_vector_that_is_not_finite_stops_its_part_by_the_row(precision, folder
     assert len(hashes(out)) == 2
 
 
-def test_a_full_disk_ends_the_run_and_leaves_what_is_finished(folder, encoder, tmp_path, monkeypatch):
-    """A limit of the system on the size of files stands for the disk. The message named no file where the part could
-    not be written before its end."""
+def test_a_full_disk_ends_the_run_and_leaves_finished_parts(folder, encoder, tmp_path, monkeypatch):
+    """A limit on the size of files stands for a full disk. The message named no file if the part could not be written
+    before its end."""
     resource = pytest.importorskip("resource", reason="this system has no limits on the size of files")
     monkeypatch.setattr(writing, "GROUP_BYTES", 1)  # 1,024 rows are written at once
     path, out = write(tmp_path / "a.parquet", table_of(3000), row_group_size=1500), tmp_path / "out"
@@ -421,7 +421,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_is_finished(folder, encoder, t
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_search_is_exact(precision, folder, encoder, tmp_path, monkeypatch):
-    """Against the sorted scores in float64 of what is in the file, over parts, row groups and blocks."""
+    """Compared with sorted float64 scores of the vectors in the file, over parts, row groups and blocks."""
     table = table_of(400)
     texts = table.column("text").to_pylist()
     texts[7] = None

@@ -1,4 +1,4 @@
-"""Arrow files: which record batches are read, how often, and what broken ones say."""
+"""Arrow files: which record batches are read, how often, and the errors of broken files."""
 
 import pytest
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.once
 
 
 class Counting:
-    """A reader of an Arrow file that writes down which batches are read, and of how many columns."""
+    """A reader of an Arrow file that records which batches are read, and how many columns of them."""
 
     def __init__(self, reader, seen):
         self.reader, self.seen = reader, seen
@@ -36,7 +36,7 @@ def batches_read(monkeypatch):
 
 
 def rows_of(units, job):
-    """The rows of all units, each read from a table that is opened for it."""
+    """The rows of all units, each read from a newly opened table."""
     found = []
     for unit in units:
         with reading.open_table(unit.path, unit.source, job) as table:
@@ -49,7 +49,7 @@ def rows_of(units, job):
 def test_a_batch_is_read_once_to_plan_and_once_by_each_unit_with_rows_of_it(
     compression, where, batches_read, folder, tmp_path
 ):
-    """Every unit read all batches to count their rows: a file of N parts was read N + 1 times."""
+    """Every unit read all batches to count their rows, so a file of N parts was read N + 1 times."""
     import fsspec
 
     table = table_of(400).select(["number", "tags", "text"])
@@ -67,7 +67,7 @@ def test_a_batch_is_read_once_to_plan_and_once_by_each_unit_with_rows_of_it(
 
 
 def test_a_batch_larger_than_a_part_is_read_by_each_of_its_parts(batches_read, folder, tmp_path):
-    """With empty batches before, between and behind."""
+    """There are empty batches before, between and after the full ones."""
     table = table_of(70).select(["text"])
     path = tmp_path / "a.arrow"
     with pa.ipc.new_file(path, table.schema) as sink:
@@ -83,7 +83,7 @@ def test_a_batch_larger_than_a_part_is_read_by_each_of_its_parts(batches_read, f
     assert [number for number, _ in batches_read] == [1, 3, 3, 3, 4]
 
 
-def test_a_broken_batch_is_told_before_its_offsets_are_followed(folder, tmp_path):
+def test_a_broken_batch_is_refused_before_its_offsets_are_used(folder, tmp_path):
     path = write_arrow(tmp_path / "a.arrow", pa.table({"text": [f"text {i}" for i in range(100)]}))
     content = bytearray(path.read_bytes())
     texts = content.index(b"text 0text 1")
@@ -95,7 +95,7 @@ def test_a_broken_batch_is_told_before_its_offsets_are_followed(folder, tmp_path
 
 
 def test_a_file_that_was_cut_off_says_so(folder, tmp_path):
-    """It was read as a stream, whose first four bytes are a length."""
+    """Such a file was read as a stream, whose first four bytes are a length."""
     path = write_arrow(tmp_path / "a.arrow", table_of(100).select(["text"]))
     content = path.read_bytes()
     for size in (6, len(content) // 2, len(content) - 1):

@@ -1,4 +1,4 @@
-"""`fastbert encode --out-dir` and `fastbert search`: several processes, torchrun's shares, kill -9, URLs, and words."""
+"""`fastbert encode --out-dir` and `fastbert search`: several processes, torchrun, kill -9, URLs, and messages."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_wrong_usage(words, code, message, options, tmp_path, capsys, monkeypatc
 
 
 def test_search_prints_null_for_numbers_that_json_lacks(folder, options, tmp_path, capsys):
-    """It printed NaN and Infinity, which only Python reads."""
+    """It used to print NaN and Infinity, which only Python reads."""
     inf = float("inf")
     columns = {"x": [float("nan")], "many": [[inf, 1.0]], "deep": [{"y": -inf, "z": "NaN"}]}
     path, out = write(tmp_path / "a.parquet", pa.table({"text": ["a b"], **columns})), tmp_path / "out"
@@ -87,8 +87,8 @@ def test_search_prints_null_for_numbers_that_json_lacks(folder, options, tmp_pat
     assert "DIR: expected a folder or a URL, got ' '" in capsys.readouterr().err
 
 
-def test_the_same_bytes_by_two_workers_and_by_one(folder, tmp_path):
-    """And a worker that is killed leaves its part to the next run."""
+def test_two_workers_write_the_same_bytes_as_one(folder, tmp_path):
+    """If a worker is killed, the next run makes its part."""
     path = write(tmp_path / "a.parquet", table_of(600), row_group_size=60)
     one = {"batch_invariant": True, "dedup": True, "keep": ("number",), "part_rows": 60}
     encode(folder, [path], tmp_path / "one", **one)
@@ -113,8 +113,8 @@ def test_a_run_that_fails_leaves_no_folder_for_unfinished_files(options, tmp_pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest"]
 
 
-def test_a_process_that_ends_does_not_take_the_folder_of_locks_from_another(tmp_path, monkeypatch):
-    """One process removes the empty folder between another's making it and its locking a file there."""
+def test_a_process_that_ends_does_not_break_another_processs_lock(tmp_path, monkeypatch):
+    """One process removes the empty folder of locks after another has made it and before that one opens its lock."""
     place, plain = Place(str(tmp_path / "out")), os.open
     taken = []
 
@@ -141,7 +141,7 @@ def test_ranks_share_the_units(folder, tmp_path, monkeypatch):
 
 
 def test_workers_take_the_largest_units_first_and_shares_are_even(folder, tmp_path):
-    """Sizes are bytes: of a .csv file, which is one unit, those of the file."""
+    """Sizes are bytes. A .csv file is one unit, with the size of the file."""
     path = write(tmp_path / "a.parquet", table_of(250), row_group_size=50)
     (tmp_path / "b.csv").write_text("text\n" + path.stat().st_size // 4 * "a\n")  # half as large as the others
     (tmp_path / "c.jsonl").write_text('{"text": "a"}\n')
@@ -159,8 +159,8 @@ def test_workers_take_the_largest_units_first_and_shares_are_even(folder, tmp_pa
     assert shares_of(units[:1], units, 3) == [[units[0]], [], []]
 
 
-def test_killed_at_any_moment_the_next_run_ends_with_the_same_files(tmp_path):
-    """A short form: `python tests/corpus_kills.py` kills twenty times."""
+def test_after_a_kill_the_next_run_ends_with_the_same_files(tmp_path):
+    """A short version of `python tests/corpus_kills.py`, which kills twenty times."""
 
     def finish(*arguments):
         assert run(*corpus_kills.words_of(*arguments)) == 0
@@ -188,8 +188,8 @@ def test_folders_behind_urls(folder, tmp_path):
     memory.rm("/lake", recursive=True)
 
 
-def test_no_worker_of_an_engine_is_refused(folder, tmp_path):
-    """Ray's without an actor returned as if nothing were missing."""
+def test_engines_refuse_zero_workers(folder, tmp_path):
+    """Ray without an actor returned as if no part were missing."""
     job = job_of(folder, tmp_path / "out")
     with pytest.raises(ValueError, match="actors must be at least 1, got 0"):
         ray.encode([str(tmp_path)], job, actors=0)

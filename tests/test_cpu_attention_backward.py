@@ -1,4 +1,4 @@
-"""Attention for training on a CPU: the C++ forward with softmax_stats and dropout, and its gradients."""
+"""Attention for training on a CPU: the C++ forward pass with softmax_stats and dropout, and its gradients."""
 
 import math
 
@@ -7,21 +7,14 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from cpu_dtypes import DTYPES
 from fastbert.kernels import native, reference
 from fastbert.kernels._random import HEAD_STREAMS, keep_mask, row_keys
 from fastbert.kernels.cpu import attention as cpu_attention
-from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget, cu_seqlens_of, relative_rms
 
 pytestmark = pytest.mark.cpp
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
-    ),
-]
-# around six keys, a register and a block of queries, a block of keys and two; none; one
+# around six keys, a register, a block of queries, one and two blocks of keys; also no token, and one
 LENGTHS = [1, 2, 5, 0, 6, 7, 16, 17, 64, 65, 130, 97]
 SHAPES = [(4, 4, 32), (2, 2, 64), (3, 3, 16), (4, 2, 80), (2, 1, 112)]  # heads, key heads, head_dim
 
@@ -33,7 +26,7 @@ def random_inputs(lengths, heads=2, kv_heads=2, head_dim=32):
 
 
 def dropout_of(p, lengths):
-    """A seed that uses all its bits, a stream, and sequences under other names than their places."""
+    """A seed that uses all its bits, a stream, and names of sequences that differ from their places."""
     if p == 0.0:
         return {}
     names = torch.randperm(len(lengths)) * 123_456_789
@@ -69,7 +62,7 @@ def test_gradients(heads, kv_heads, head_dim, dtype, p):
     assert_like_the_reference(inputs, LENGTHS, dtype, **dropout_of(p, LENGTHS))
 
 
-# later tokens alone or earlier ones alone left out; both sides, within a block of keys and across several
+# windows that leave out only later or only earlier tokens, or both, within one block of keys and across several
 @pytest.mark.parametrize("window", [(10**9, 0), (0, 10**9), (2, 0), (3, 1), (70, 40)], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,7 +73,7 @@ def test_windows(window, p, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotary_positions(dtype):
-    """Each token is rotated by its place in its own sequence."""
+    """Each token is rotated by its position in its own sequence."""
     inputs = random_inputs(LENGTHS, 4, 2, 32)
     angles = torch.rand(max(LENGTHS), 16) * 6
     rotary = angles.cos(), angles.sin()
@@ -89,8 +82,8 @@ def test_rotary_positions(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_length_by_itself(dtype):
-    """The relative error of one length is not lost among others; of three sequences, since the error of a few numbers
-    is a matter of chance. (One token has no gradient of q and k.)"""
+    """Each length alone, so that its relative error is not hidden by others; three sequences, since the error of few
+    numbers depends on chance. (With a single token, q and k have no gradient.)"""
     for length in [n for n in LENGTHS if n > 1]:
         assert_like_the_reference(random_inputs([length] * 3), [length] * 3, dtype, scale=0.3)
 
@@ -98,7 +91,7 @@ def test_each_length_by_itself(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shift", [30.0, -30.0], ids=["far above", "far below"])
 def test_extreme_scores(dtype, shift):
-    """Also where seven rows find what twelve left behind in the memory that they share."""
+    """Sequences of 12 and 7 rows follow each other: the second reuses memory that holds rows of the first."""
     lengths = [20, 33, 12, 7]
     q, k, v, do = random_inputs(lengths)
     assert_like_the_reference([4 + q / 8, shift + k / 8, v, do], lengths, dtype)
@@ -106,7 +99,7 @@ def test_extreme_scores(dtype, shift):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_softmax_stats(dtype):
-    """The two numbers of a row are its logsumexp: (maximum + log2 of the sum) / log2(e)."""
+    """The two numbers of a row give its logsumexp: (maximum + log2 of the sum) / log2(e)."""
     q, k, v, _ = (t.to(dtype) for t in random_inputs(LENGTHS, 4, 2))
     cu_seqlens, stats = cu_seqlens_of(LENGTHS, "cpu"), torch.empty(2, 4, sum(LENGTHS))
     cpu_attention.attention(q, k, v, cu_seqlens, None, None, stats)
@@ -118,14 +111,14 @@ def test_softmax_stats(dtype):
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_of_few_keys_has_all_of_the_probability(dtype, p):
-    """dq and dk vanish then. With dropout, which scales what it leaves, o is rounded, and they were as much off:
-    in bfloat16 by 2e-3, where plain torch has next to nothing of it. A text of one token is such a one."""
+    """dq and dk are zero then, as for a text of one token. With dropout, which scales what it keeps, they had the
+    rounding error of o: 2e-3 in bfloat16, where plain torch has almost none."""
     lengths = [1, 1, 2, 3, 6, 1, 65]
     keys = [1, 2, 2, 3, 6, 6, 1]
     q, _, _, do = random_inputs(lengths)
     _, k, v, _ = random_inputs(keys)
     firsts = cu_seqlens_of(keys, "cpu")[:-1].long()
-    k[firsts], q = 8.0, q.abs()  # whose scores are far above the others'
+    k[firsts], q = 8.0, q.abs()  # the first keys' scores are far above the others
     options = {"cu_seqlens_k": cu_seqlens_of(keys, "cpu"), **dropout_of(p, lengths)}
     ours = gradients(native.attention, q, k, v, do, lengths, dtype, **options)
     exact = gradients(reference.attention, q, k, v, do, lengths, torch.float64, **options)
@@ -135,9 +128,9 @@ def test_one_of_few_keys_has_all_of_the_probability(dtype, p):
 
 
 def test_large_scores():
-    """Scores of 16,384 and a little more, exact in float32. A row's logsumexp as one number is rounded to 1e-3 there,
-    and as much were the gradients off. What makes the scores large, the first element, is left out of the comparison:
-    its gradients are nothing but the rounding of sums that vanish."""
+    """Scores of 16,384 and a little more, exact in float32. A logsumexp stored as one number is rounded to 1e-3 there,
+    and the gradients were wrong by as much. The first element, which makes the scores large, is not compared: its
+    gradients are only the rounding of sums that vanish."""
     lengths = [40, 33]
     q, k, v, do = random_inputs(lengths)
     q, k = q.round(), k.round()
@@ -153,7 +146,7 @@ def test_large_scores():
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_of_other_lengths(dtype, p):
-    """Fewer queries than keys and more, one for each sequence as of a first token, none of either and of both."""
+    """Fewer and more queries than keys, one query (as for the first token), no queries, no keys, neither."""
     lengths, of_keys = [1, 1, 7, 0, 3, 0, 70], [5, 65, 2, 4, 0, 0, 130]
     inputs = [torch.randn(sum(n), 2, 32).double() for n in (lengths, of_keys, of_keys, lengths)]
     starts = cu_seqlens_of(of_keys, "cpu")
@@ -196,7 +189,7 @@ def test_upstream_gradients_of_other_strides(layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.1, 0.9, 1e-12], ids=str)
 def test_the_mask_is_that_of_the_specification(dtype, p):
-    """With equal scores, a column of v or do that is one at one token and else zero reads one column of the mask."""
+    """With equal scores, and v or do one at a single token and zero elsewhere, the result is one column of the mask."""
     lengths, heads, width = [130, 7], 2, 32
     options = dropout_of(p, lengths)
     for sequence, (start, length) in enumerate([(0, 130), (130, 7)]):
@@ -279,7 +272,7 @@ def test_no_tokens():
             assert t.shape == (0, 2, 32)
 
 
-# ---- around it -----------------------------------------------------------------------------------------------
+# ---- torch's features ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -293,7 +286,7 @@ def attend(q, k, v, **options):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_double_backward_is_that_of_torch(leaves, dropout_p):
-    """Second derivatives: without dropout torch's fused attention, which backward fell back to, had none."""
+    """Second derivatives. Without dropout, backward used torch's fused attention, which has none."""
     options = dropout_of(dropout_p, [5, 9]) if dropout_p else {}
 
     def second(attention):
@@ -306,7 +299,7 @@ def test_double_backward_is_that_of_torch(leaves, dropout_p):
 
 
 def test_gradients_to_differentiate_again_where_inputs_are_made_of_each_other(leaves):
-    """k is made of q, and v is k: each gradient is of its own input, not of what lies behind it too."""
+    """k is computed from q, and v is k: each gradient must be that of its own input only."""
     q, width = leaves[0], leaves[0].shape[-1]
     linear = torch.randn(width, width).mul(0.2).requires_grad_()
 
@@ -340,14 +333,14 @@ def test_autocast_goes_to_torch(leaves):
 
 
 def test_a_negative_scale_goes_to_torch(leaves):
-    """The softmax in C++ takes the greatest score for the greatest exponent."""
+    """The C++ softmax assumes that the greatest score has the greatest exponent."""
     q, k, v = leaves
     torch.testing.assert_close(attend(q * 50, k, v, scale=-1.0), attend(q * -50, k, v, scale=1.0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled(leaves, dtype):
-    """The same bits, from the same code."""
+    """Compiled code gives the same bits, because it calls the same operator."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in leaves]
     o, do = attend(*leaves), torch.randn(14, 2, 32).to(dtype)
     compiled = torch.compile(native.attention, fullgraph=True, backend="aot_eager")

@@ -3,24 +3,17 @@
 import pytest
 import torch
 
+from cpu_dtypes import DTYPES
 from fastbert.kernels import native, reference
-from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget
 
 pytestmark = pytest.mark.cpp
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
-    ),
-]
 NAMES = ("y", "word", "position", "token_type", "weight", "bias")
 WORDS, PLACES, KINDS = 23, 9, 2
 
 
 def given(rows, width, dtype=torch.float32):
-    """ids, segments, positions; the tables in the order of the operator's arguments. Words come several times."""
+    """ids, segments, positions, and the tables in the order of the operator's arguments. Words repeat."""
     indices = tuple(torch.randint(high, (rows,)) for high in (WORDS, KINDS, PLACES))
     tables = [torch.randn(n, width) for n in (WORDS, PLACES, KINDS)] + [*torch.randn(2, width)]
     return indices, [t.to(dtype).requires_grad_() for t in tables]
@@ -50,8 +43,8 @@ def test_gradients(dtype, dropout_p, rows, padding_idx):
     for name, *three in zip(NAMES, ours, plain, truth, strict=True):
         assert three[0].dtype == dtype
         assert_within_budget(*three, name)
-    assert torch.equal(ours[0] == 0, truth[0] == 0)  # bit for bit the mask of the specification
-    assert torch.equal(ours[1].any(1), truth[1].any(1))  # the same words have a gradient, that of padding not
+    assert torch.equal(ours[0] == 0, truth[0] == 0)  # the mask is exactly that of the specification
+    assert torch.equal(ours[1].any(1), truth[1].any(1))  # the same words have a gradient, and padding has none
 
 
 def test_the_same_bits_with_any_number_of_threads_and_without_gradients():
@@ -79,7 +72,7 @@ def test_one_gradient_alone_and_a_strided_upstream(wanted):
 
 
 def test_gradients_of_gradients():
-    """By torch's operators, under the same mask."""
+    """Computed by torch's operators under the same mask."""
     indices, tables = given(5, 16)
     second = []
     for module in (native, reference):

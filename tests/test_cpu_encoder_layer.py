@@ -1,5 +1,5 @@
-"""A layer in training as one autograd node in C++: its bits are those of the operators one by one, and nobody who
-follows or changes single operators misses them."""
+"""A layer in training as one autograd node in C++ has the bits of its separate operators. Hooks, modes and changed
+modules, which need the separate operators, still get them."""
 
 import contextlib
 import copy
@@ -10,10 +10,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import fastbert
+from cpu_dtypes import needs_bf16
 from fastbert import BertConfig
 from fastbert import functional as F
 from fastbert.kernels.cpu import encoder_layer as cpu_layer
-from fastbert.kernels.cpu import operators as cpp
 from fastbert.models.bert import BertLayer
 from fastbert.packing import PackedBatch
 from fastbert.stack import layer as stack
@@ -21,14 +21,10 @@ from fastbert.stack.shared import Pass
 from fastbert.testing import assert_within_budget
 
 pytestmark = pytest.mark.cpp
-needs_bf16 = pytest.mark.skipif(
-    torch.bfloat16 not in cpp.dtypes() or not cpp.multiplies(torch.bfloat16),
-    reason="this CPU has no AVX512-BF16, or the vendor library's tiles are ahead",
-)
 FLOAT32 = pytest.param(torch.float32, "plain", id="float32")
 AUTOCAST = pytest.param(torch.float32, "autocast", marks=needs_bf16, id="autocast")
 KINDS = [FLOAT32, AUTOCAST, pytest.param(torch.bfloat16, "plain", marks=needs_bf16, id="bfloat16")]
-# more than a block of a norm's rows; odd; none; one token
+# more than one block of a norm's rows, an odd number, no token, one token
 LENGTHS = [70, 5, 0, 1]
 CONFIG = BertConfig(
     hidden_size=64, num_attention_heads=2, intermediate_size=96, hidden_dropout_prob=0.2,
@@ -62,7 +58,7 @@ def amid(kind):
 
 
 def results(layer, x, dy, shared, kind="plain", want_x=True) -> dict[str, torch.Tensor]:
-    """The output, and the gradient of x and of every parameter that wants one."""
+    """The output, and the gradients of x and of every parameter that requires one."""
     x = x.detach().requires_grad_(want_x)
     leaves = {"x": x} | dict(layer.named_parameters())
     leaves = {name: p for name, p in leaves.items() if p.requires_grad}
@@ -74,7 +70,7 @@ def results(layer, x, dy, shared, kind="plain", want_x=True) -> dict[str, torch.
 
 @pytest.fixture
 def one_by_one(monkeypatch):
-    """one_by_one(f): what f() gives where every layer goes by its operators."""
+    """one_by_one(f): the result of f() with every layer computed by its separate operators."""
 
     def compose(f):
         with monkeypatch.context() as patch:
@@ -86,7 +82,7 @@ def one_by_one(monkeypatch):
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """A list with an entry for each layer that went as one operator so far."""
+    """A list with an entry for each layer that was computed as one operator."""
     seen, original = [], cpu_layer.encoder_layer
 
     def watched(*args, **kwargs):
@@ -111,15 +107,15 @@ def test_output_and_every_gradient(dtype, kind, drops, nodes):
     assert len(nodes) == 1
     for name, expected in truth.items():
         assert found[name].dtype == plain[name].dtype
-        if not name.endswith("self.key.bias"):  # zero but for rounding
+        if not name.endswith("self.key.bias"):  # zero except for rounding
             assert_within_budget(found[name], plain[name], expected, name)
 
 
 @pytest.mark.parametrize("drops", [True, False])
 @pytest.mark.parametrize(("dtype", "kind"), KINDS)
-def test_bits_are_those_of_the_operators_one_by_one(dtype, kind, drops, nodes, one_by_one):
-    """The gradients that are equal to the bit. In a bfloat16 layer these are the ones before two gradients are added,
-    because the node adds them before rounding."""
+def test_bits_equal_those_of_the_separate_operators(dtype, kind, drops, nodes, one_by_one):
+    """Compares the gradients that are equal to the bit. In a bfloat16 layer these are the ones before two gradients are
+    added, because the node adds them before rounding."""
     layer, (x, dy), shared = layer_of(dtype), inputs(dtype), pass_of(drops=drops)
     found = results(layer, x, dy, shared, kind)
     assert len(nodes) == 1
@@ -141,7 +137,7 @@ def test_one_of_two_kinds_of_dropout(zero, nodes, one_by_one):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-# what wants a gradient
+# what requires a gradient
 WANTED = {
     "nothing_but_x": ("x",),
     "all_but_x": tuple(name for name, _ in BertLayer(CONFIG, 0).named_parameters()),
@@ -160,7 +156,7 @@ WANTED = {
 
 
 @pytest.mark.parametrize("wanted", WANTED)
-def test_what_is_frozen_changes_no_bits(wanted, nodes):
+def test_frozen_parameters_change_no_bits(wanted, nodes):
     layer, (x, dy), shared = layer_of(), inputs(), pass_of()
     every = results(layer, x, dy, shared)
     nodes.clear()
@@ -175,16 +171,16 @@ def test_what_is_frozen_changes_no_bits(wanted, nodes):
 
 
 @pytest.mark.parametrize("name", ["output.dense.weight", "intermediate.dense.bias", "attention.output.dense.bias"])
-def test_the_gradient_of_one_is_that_beside_all(name):
-    """The backward pass ends where nothing before wants a gradient: behind the feed-forward network or a norm."""
+def test_a_single_gradient_equals_the_one_among_all(name):
+    """The backward pass ends after the feed-forward network, or after a norm, if nothing before requires a gradient."""
     layer, (x, dy), shared = layer_of(), inputs(), pass_of()
     every, y = results(layer, x, dy, shared), layer(x, shared)
     (gradient,) = torch.autograd.grad(y, layer.get_parameter(name), dy)
     assert torch.equal(gradient, every[f"d{name}"])
 
 
-def test_what_is_frozen_is_not_followed(monkeypatch):
-    """Where gradients go no further back than the last norm, NaN in all before it is not met."""
+def test_gradients_of_frozen_parts_are_not_computed(monkeypatch):
+    """If gradients end at the last norm, NaN in everything before it has no effect."""
     layer, (x, dy), shared = layer_of(), inputs(), pass_of()
     weights = [p.detach() for p in layer.tensors()]
     of = F.LayerWeights(*(w.requires_grad_(i >= 14) for i, w in enumerate(weights)))
@@ -201,7 +197,7 @@ def test_what_is_frozen_is_not_followed(monkeypatch):
 
 
 def test_fewer_heads_than_the_width_holds(nodes, one_by_one):
-    """Pruned heads: q, k and v are narrower than x."""
+    """With pruned heads, q, k and v are narrower than x."""
     layer, (x, dy), shared = layer_of(), inputs(), pass_of()
     for name in ("query", "key", "value"):
         linear = layer.attention["self"][name]
@@ -225,11 +221,11 @@ def test_threads_change_no_bits():
         torch.set_num_threads(threads)
 
 
-# ---- what torch does around it ---------------------------------------------------------------------------
+# ---- within torch ----------------------------------------------------------------------------------------
 
 
 def test_a_second_backward_pass_gives_the_same():
-    """What is summed into stays this pass's own, and the mask does not change with the caller's seed."""
+    """Buffers for sums belong to one pass, and the mask does not change with the caller's seed."""
     layer, (x, dy), shared = layer_of(), inputs(), pass_of()
     leaves = [x.requires_grad_(), *layer.parameters()]
     y = layer(x, shared)
@@ -240,24 +236,18 @@ def test_a_second_backward_pass_gives_the_same():
 
 
 @pytest.mark.parametrize(("dtype", "kind"), KINDS)
-def test_no_more_is_saved_than_by_the_operators(dtype, kind, nodes, one_by_one):
+def test_no_more_is_saved_than_by_the_separate_operators(dtype, kind, nodes, one_by_one, saved_by):
     layer, (x, _), shared = layer_of(dtype), inputs(dtype), pass_of()
     known = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), shared.batch.cu_seqlens, shared.row_ids)}
 
     def saved() -> int:
-        storages = {}
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), amid(kind):
-            y = layer(x.detach().requires_grad_(), shared)
+        with amid(kind):
+            y, storages = saved_by(lambda: layer(x.detach().requires_grad_(), shared))
         return sum(n for at, n in storages.items() if at not in known | {y.untyped_storage().data_ptr()})
 
     one, others = saved(), one_by_one(saved)
     assert len(nodes) == 1
-    # whole lines of the cache, and names of sequences, for each of some ten tensors
+    # the tolerance is whole cache lines, and names of sequences, for each of some ten tensors
     assert 0 < one <= others + 64 * 12
 
 
@@ -268,14 +258,14 @@ def test_checkpointing(reentrant, nodes):
     x.requires_grad_()
     y = checkpoint(layer, x, shared, use_reentrant=reentrant)
     y.backward(dy)
-    assert len(nodes) == (2 if reentrant else 3)  # the first pass of the other kind is one without gradients
+    assert len(nodes) == (2 if reentrant else 3)  # with the other kind, the first pass is without gradients
     torch.testing.assert_close(y, expected["y"])
     assert torch.equal(x.grad, expected["dx"])
     assert all(torch.equal(p.grad, expected[f"d{name}"]) for name, p in layer.named_parameters())
 
 
-def test_gradients_add_up_and_hooks_hear_of_them(nodes):
-    """A hook on each gradient, as DDP has it, is called once for each; gradients of two batches are added."""
+def test_gradients_accumulate_and_their_hooks_are_called(nodes):
+    """A hook on each gradient, as DDP sets it, is called once for each. Gradients of two batches are added."""
     layer, (x, dy), shared = layer_of(), inputs(), pass_of()
     expected = results(layer, x, dy, shared)
     heard = []
@@ -298,7 +288,7 @@ def test_no_gradient_shares_memory_with_another():
 
 @pytest.mark.parametrize(("dtype", "kind"), [FLOAT32, AUTOCAST])
 def test_second_derivatives(dtype, kind, nodes):
-    """They are those of the operators, with the same masks."""
+    """They are those of the separate operators, with the same masks."""
     layer, (x, dy) = layer_of(dtype), inputs(dtype)
 
     def twice(layer, x, shared, kind=kind):
@@ -328,7 +318,7 @@ def test_many_gradients_at_once(nodes):
         torch.testing.assert_close(found, torch.autograd.grad(y, x, upstream, retain_graph=True)[0])
 
 
-def test_a_weight_that_was_written_to_is_noticed():
+def test_a_weight_changed_before_backward_is_an_error():
     layer, (x, dy) = layer_of(), inputs()
     y = layer(x, pass_of())
     with torch.no_grad():
@@ -342,7 +332,7 @@ class Mode(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_goes_by_the_operators_one_by_one(nodes, one_by_one):
+def test_what_needs_the_separate_operators(nodes, one_by_one):
     layer, (x, _), shared = layer_of(), inputs(), pass_of()
     expected = one_by_one(lambda: layer(x, shared))
 
@@ -372,7 +362,7 @@ def test_what_goes_by_the_operators_one_by_one(nodes, one_by_one):
     torch.testing.assert_close(
         torch.func.functional_call(layer.train(), dict(layer.named_parameters()), (x, shared)), expected
     )
-    assert len(nodes) == 1  # swaps parameters and follows nothing
+    assert len(nodes) == 1  # swaps parameters without watching operators
 
 
 @pytest.mark.parametrize(
@@ -391,7 +381,7 @@ def test_what_goes_by_the_operators_one_by_one(nodes, one_by_one):
     ],
     ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
 )
-def test_what_does_not_fit_is_left(change, reason):
+def test_layers_that_the_cpp_cannot_take(change, reason):
     weights, options = F.LayerWeights(*layer_of().tensors()), F.LayerOptions(heads=2, fold=True)
     x = torch.zeros(3, 64)
     assert cpu_layer.takes(x, weights, options)
@@ -400,7 +390,7 @@ def test_what_does_not_fit_is_left(change, reason):
     assert not cpu_layer.takes(x, weights, options)
 
 
-def test_lengths_that_are_none_are_refused():
+def test_invalid_lengths_are_refused():
     layer, (x, _), shared = layer_of(), inputs(), pass_of(drops=False)
     shared.batch.cu_seqlens[1] = 77
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 76"):
@@ -413,7 +403,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "i
 
 
 def test_heads_and_accelerated_models(nodes):
-    """All layers of both, but the last of a classifier, which computes first tokens alone."""
+    """All layers of both, except a classifier's last one, which computes only first tokens."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(vocab_size=60, attn_implementation="eager", **SIZES)
     theirs = transformers.BertForSequenceClassification(config).train()

@@ -1,6 +1,6 @@
-"""The C++ operators by each set of instructions that this CPU has: a larger CPU tests the smaller one's too.
+"""The C++ operators with each instruction set that this CPU has, so that a large CPU also tests the smaller sets.
 
-The other files run by the largest set; by AVX2 with `ATEN_CPU_CAPABILITY=avx2 make test-cpp`.
+Other tests run with the largest set, or with AVX2 under `ATEN_CPU_CAPABILITY=avx2 make test-cpp`.
 """
 
 import pytest
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cpp
 
 @pytest.fixture(params=library.INSTRUCTIONS)
 def instructions(request, monkeypatch):
-    """Operators by this set alone."""
+    """Limits the operators to this instruction set."""
     if request.param == "avx512" and cpp.instructions(torch.bfloat16) != "avx512":
         pytest.skip("this CPU has no AVX-512 with bfloat16")
     opened = cpp._open(request.param)
@@ -36,7 +36,7 @@ def in_each_dtype(ours, inputs, dtype, function):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [7, 150])
 def test_products(instructions, rows, dtype):
-    """As the weight lies, and from panels, the last of which is not full."""
+    """From the weight as given, and from panels, the last of which is not full."""
     inputs = torch.randn(rows, 96), torch.randn(144, 96) / 10, torch.randn(144)
     in_each_dtype(lambda *t: cpp.linear(*t, "gelu"), inputs, dtype, lambda *t: F.gelu(F.linear(*t)))
 
@@ -80,8 +80,8 @@ def test_rounding_to_bfloat16_is_torchs(instructions):
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
 @pytest.mark.parametrize("multiplies_bfloat16", [False, True])
-def test_what_is_chosen(capability, multiplies_bfloat16, monkeypatch):
-    """As torch was told, never above what the CPU has; AVX-512 without bfloat16 multiplies those by AVX2."""
+def test_which_instructions_are_chosen(capability, multiplies_bfloat16, monkeypatch):
+    """The set that torch uses, never more than the CPU has. AVX-512 without bfloat16 multiplies bfloat16 by AVX2."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)

@@ -1,5 +1,5 @@
-"""A short batch on a CPU: its layers in one call into C++, only where nothing asks for them one by one, and the C++
-that stands before and after them."""
+"""A short batch on a CPU: its layers run in one C++ call, unless something needs them one by one; and the C++ before
+and after the layers."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +11,7 @@ from torch import nn
 
 import fastbert
 import fastbert.layers
+from cpu_dtypes import DTYPES
 from fastbert import BertConfig, BertModel, PackedBatch
 from fastbert.encoding.encoder import Encoder
 from fastbert.kernels import native, reference
@@ -21,13 +22,6 @@ from fastbert.models.bert import BertLayer
 from fastbert.testing import assert_within_budget, cu_seqlens_of
 
 pytestmark = pytest.mark.cpp
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
-    ),
-]
 HAS_INT8 = pytest.mark.skipif(not eight_bits.is_in_cpp(), reason="no C++ operators or no AVX512-VNNI")
 CONFIG = {
     "vocab_size": 120, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
@@ -36,7 +30,7 @@ CONFIG = {
 
 
 def model_of(dtype=torch.float32, impl="native", **changes) -> BertModel:
-    """Weights larger than at the start of training, so that attention is not uniform and every bias counts."""
+    """Weights are larger than initial ones, so that attention is not uniform and every bias counts."""
     model = BertModel(BertConfig(**CONFIG | changes), impl=impl).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -50,7 +44,7 @@ def batch_of(*lengths: int) -> PackedBatch:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the layers ran in one call."""
+    """Counts how often the layers ran in one call."""
     made, call = [], cpp.encoder_layers
 
     def counted(*args):
@@ -143,7 +137,7 @@ def test_more_threads_than_processors(lengths, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_batch_invariant_in_one_call(calls, dtype):
-    """Also beside so many others that another product would be the faster one."""
+    """Also in a batch so large that another product would be faster."""
     model, batch = model_of(dtype), batch_of(80, 7, 80, 80)
     alone = PackedBatch.from_lists([batch.input_ids[80:87].tolist()])
     with fastbert.batch_invariant():
@@ -197,7 +191,7 @@ def test_changed_weights_are_noticed(calls, monkeypatch, change):
 
 
 def seen(*_):
-    """A hook's body."""
+    """A hook."""
     seen.count += 1
 
 
@@ -231,16 +225,16 @@ WAYS_OUT = {
 
 
 class Doubled(nn.Linear):
-    """A linear layer of another kind, as a library that adapts models puts in."""
+    """A subclass of Linear, by which an adapter library replaces a layer."""
 
 
 @pytest.mark.parametrize("why", WAYS_OUT)
 def test_layers_one_by_one(calls, monkeypatch, why):
-    """Whatever is unusual, the layers are called as they always were."""
+    """In unusual cases the layers are called as modules."""
     model, batch = model_of(), batch_of(*([80] * 15 if why == "many tokens" else (9, 4)))
     seen.count = 0
     handle = WAYS_OUT[why](model)
-    if why in ("many tokens", "batch_invariant"):  # as with AMX
+    if why in ("many tokens", "batch_invariant"):  # as if the vendor library had AMX
         monkeypatch.setattr(cpp, "multiplies", lambda dtype: False)
     if why == "another layer":
         model.encoder["layer"][2].forward = lambda x, shared: x
@@ -280,7 +274,7 @@ def test_layers_one_by_one(calls, monkeypatch, why):
     ids=str,
 )
 @torch.no_grad()
-def test_models_it_does_not_know(calls, changes):
+def test_models_that_the_one_call_does_not_support(calls, changes):
     assert model_of(**changes)(batch_of(9)).last_hidden_state.isfinite().all()
     assert not calls
 
@@ -302,8 +296,8 @@ def test_compiled_it_is_the_plain_model(calls):
 
 
 @pytest.mark.parametrize(("int8", "tokens"), [(False, 20), (True, 32)], ids=["plain", "8 bits"])
-def test_few_tokens_are_not_filled_up(monkeypatch, int8, tokens):
-    """A batch of 20 tokens stays one of 20 where no kernel of oneDNN's is made for that number."""
+def test_small_batches_are_not_padded_for_onednn(monkeypatch, int8, tokens):
+    """Without oneDNN kernels that are compiled for each number of tokens, a batch of 20 tokens is not rounded up."""
     model, seen = model_of(), []
     encoder = Encoder(model, SimpleNamespace(model_max_length=None))
     if int8:
@@ -348,7 +342,7 @@ def test_an_index_out_of_range_is_an_error_not_a_crash(index, value):
 
 
 @pytest.mark.parametrize("why", ["gradient", "int32", "no segments", "width", "float64", "stride"])
-def test_embedding_that_inference_in_cpp_does_not_take(why):
+def test_embedding_that_the_cpp_for_inference_does_not_take(why):
     (ids, types, places), tables = embedding_inputs(5, width=40 if why == "width" else 48)
     tables = [t if why == "float64" else t.float() for t in tables]
     if why == "gradient":
@@ -361,7 +355,7 @@ def test_embedding_that_inference_in_cpp_does_not_take(why):
         tables[0] = tables[0].t().contiguous().t()
     word, position, segment, *norm = tables
     fits = cpp.fits_embedding((ids, types, places), (word, segment, position, *norm))
-    assert fits == (why == "gradient")  # with gradients C++ computes too, by other functions
+    assert fits == (why == "gradient")  # with gradients other C++ functions compute
     ours = native.embedding_layer_norm(ids, types, places, *tables, 1e-6)
     torch.testing.assert_close(ours, reference.embedding_layer_norm(ids, types, places, *tables, 1e-6))
     assert ours.requires_grad == (why == "gradient")

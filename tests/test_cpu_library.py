@@ -1,6 +1,6 @@
-"""The library of C++ operators is called only where it is this code's own: stamps, signatures, and what builds it.
+"""The library of C++ operators is used only if it was built from these sources: stamps, signatures, building.
 
-It was once found by name alone, so that a library of last week's sources computed with this week's signatures.
+It used to be found by name alone, so a library of older sources was called with newer signatures.
 """
 
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.once
 ROOT = Path(__file__).parents[1]
 KERNELS = Path(library.__file__).parent
 BUILT = {name: library.find(KERNELS, name) for name in library.INSTRUCTIONS}
-HERE = cpp.instructions(cpp.torch.float32)  # what this CPU runs
+HERE = cpp.instructions(cpp.torch.float32)  # the instructions that this CPU uses
 built = pytest.mark.skipif(HERE is None or BUILT[HERE] is None, reason=f"no C++ operators: {cpp.load()[1]}")
 
 
@@ -28,12 +28,12 @@ def text_of(name: str) -> str:
     return (KERNELS / name).read_text()
 
 
-# ---- Python's table and the C++ ---------------------------------------------------------------------------
+# ---- Python's declarations and the C++ -------------------------------------------------------------------
 
 
 @built
 def test_signatures_are_those_of_the_header():
-    """ctypes believes what it is told: a forgotten argument is read from whatever lies on the stack."""
+    """ctypes checks nothing: for a forgotten argument the function reads whatever lies on the stack."""
     header = text_of(library.HEADER)
     found = library.signatures(header)
     assert found["mean_of_sequences"] == ("i", "pppili")
@@ -47,14 +47,14 @@ def test_signatures_are_those_of_the_header():
 
 
 def test_every_function_is_declared_in_the_header():
-    """What is not is compiled all the same, and nothing holds its definition to anything."""
+    """A function without a declaration compiles too, but nothing checks its definition."""
     files = [path for path in library.sources(KERNELS) if path.suffix == ".cpp" and path.name != "stamp.cpp"]
     defined = [name for path in files for name in re.findall(r"EXPORT \w+ (\w+)_##name", path.read_text())]
-    # int8.cpp has each of its functions twice: for compilers with the instructions, and for those without
+    # int8.cpp defines each function twice: for compilers with the instructions, and for those without
     assert set(defined) == set(library.signatures(text_of(library.HEADER)))
 
 
-def test_what_sizes_memory_is_the_same_in_both_languages():
+def test_constants_for_buffer_sizes_are_equal_in_both_languages():
     def constant(name, file):
         return int(re.search(rf"constexpr int(?:64_t)? {name} = (\d+);", text_of(file)).group(1))
 
@@ -68,7 +68,7 @@ def test_what_sizes_memory_is_the_same_in_both_languages():
 
 @built
 def test_every_set_of_instructions_has_a_library_of_these_sources():
-    """A function that only one header of registers has leaves the other library unbuilt, or old, without an error."""
+    """If only one header of registers has a function, the other library stays unbuilt or old, without an error."""
     stamps = library.sources_stamp(KERNELS), library.interface_stamp()
     for path in BUILT.values():
         content = path.read_bytes()
@@ -79,7 +79,7 @@ def test_every_set_of_instructions_has_a_library_of_these_sources():
 
 
 def copied(folder: Path) -> Path:
-    """The library with its sources beside it, as in a checkout."""
+    """Copies the library and its sources into a folder, as in a checkout."""
     for path in library.sources(KERNELS):
         (folder / path.relative_to(KERNELS)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / path.relative_to(KERNELS))
@@ -87,7 +87,7 @@ def copied(folder: Path) -> Path:
 
 
 @built
-def test_with_and_without_its_sources_beside_it(tmp_path):
+def test_a_library_is_used_with_and_without_sources_beside_it(tmp_path):
     assert library.open_library(copied(tmp_path)).linear_float32.argtypes is not None
     alone = tmp_path / "installed"
     alone.mkdir()
@@ -118,7 +118,7 @@ def test_a_library_of_other_sources_is_refused(change, tmp_path, monkeypatch):
     ("name", "value"),
     [("DTYPES", ("float32",)), ("DROPOUT_FIELDS", library.DROPOUT_FIELDS[:-1]), ("NORM_BLOCK", 128)],
 )  # fmt: skip
-def test_a_library_of_another_interface_is_refused_wherever_it_lies(name, value, tmp_path, monkeypatch):
+def test_a_library_with_another_interface_is_always_refused(name, value, tmp_path, monkeypatch):
     alone = Path(shutil.copy(BUILT[HERE], tmp_path))
     monkeypatch.setattr(library, name, value)
     with pytest.raises(library.UnusableLibrary, match="another version's interface"):
@@ -126,8 +126,8 @@ def test_a_library_of_another_interface_is_refused_wherever_it_lies(name, value,
 
 
 @built
-def test_a_library_without_stamps_and_a_file_that_is_none_are_refused(tmp_path):
-    import _ctypes  # a library as good as any
+def test_a_library_without_stamps_and_other_files_are_refused(tmp_path):
+    import _ctypes  # any other shared library
 
     with pytest.raises(library.UnusableLibrary, match="another version's interface"):
         library.open_library(Path(_ctypes.__file__))
@@ -137,7 +137,7 @@ def test_a_library_without_stamps_and_a_file_that_is_none_are_refused(tmp_path):
 
 
 @built
-def test_what_is_refused_is_said_and_torch_computes(tmp_path, monkeypatch):
+def test_a_refused_library_gives_a_warning_and_torch_computes(tmp_path, monkeypatch):
     path = copied(tmp_path)
     (tmp_path / "new.cpp").touch()
     monkeypatch.setattr(library, "find", lambda folder, instructions: path)
@@ -147,7 +147,7 @@ def test_what_is_refused_is_said_and_torch_computes(tmp_path, monkeypatch):
     assert "another version's sources" in reason
 
 
-def test_they_are_turned_off_by_the_environment():
+def test_an_environment_variable_turns_the_operators_off():
     code = (
         "import torch, fastbert\nfrom fastbert.kernels.cpu import operators as cpp\n"
         "x = fastbert.functional.linear(torch.ones(2, 32), torch.ones(16, 32))\n"
@@ -164,8 +164,8 @@ def test_they_are_turned_off_by_the_environment():
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 @pytest.mark.parametrize("file", ["kernels/cpu/simd.h", "kernels/cpu/deep/new.cpp", "kernels/cpu/library.py", None])
-def test_make_builds_anew_after_any_change(file, tmp_path):
-    """A list of two headers once stood for all of them."""
+def test_make_rebuilds_after_any_change(file, tmp_path):
+    """The Makefile once listed only two of the headers."""
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)

@@ -1,8 +1,9 @@
-"""The masked-word loss on a CPU: rows without a label left out, passes over logits in C++, gradients by hand."""
+"""The masked-word loss on a CPU: rows without a label are skipped, the C++ reads and writes logits in chunks."""
 
 import pytest
 import torch
 
+from cpu_dtypes import DTYPES
 from fastbert import functional, testing
 from fastbert.kernels import native, reference
 from fastbert.kernels._invariance import batch_invariant
@@ -12,19 +13,12 @@ from fastbert.testing import ModelShape, assert_within_budget
 
 pytestmark = pytest.mark.native
 
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
-    ),
-]
-MODEL = ModelShape(40, 1, 0, 1, vocab=1211)  # no chunk divides the vocabulary, no register the rows
+MODEL = ModelShape(40, 1, 0, 1, vocab=1211)  # chunks do not divide the vocabulary, nor registers the rows
 
 
 @pytest.fixture(params=["kept", "computed again"])
 def several_chunks(request, monkeypatch):
-    """The vocabulary in chunks of 512 words, and logits from either source in the backward pass."""
+    """The vocabulary in chunks of 512 words; the backward pass reads stored logits or computes them again."""
     monkeypatch.setattr(cpu_loss, "CHUNK_BYTES", 1)
     if request.param == "computed again":
         monkeypatch.setattr(cpu_loss, "KEPT_BYTES", 1)
@@ -32,7 +26,7 @@ def several_chunks(request, monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many rows went to the C++ path, a call each."""
+    """A list of the numbers of rows that went to the C++, one for each call."""
     rows, row_losses = [], cpu_loss.row_losses
     monkeypatch.setattr(cpu_loss, "row_losses", lambda h, *args: rows.append(len(h)) or row_losses(h, *args))
     return rows
@@ -81,7 +75,7 @@ def test_loss_and_gradients(dtype, smoothing, reduction, calls):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 40, 41])
 def test_rows_and_no_bias(dtype, rows):
-    """One labelled row at least, a whole number of registers, and one more; a word that stands for no label."""
+    """A single labelled row, a whole number of registers, one row more; another label than -100 to ignore."""
     inputs = testing.cross_entropy_inputs(MODEL, [rows], bias=False, reduction="none", ignore_index=7)
     inputs["labels"][0] = 3
     check(dtype, inputs)
@@ -99,7 +93,7 @@ def test_dtypes_that_torch_computes(dtype, calls):
 @pytest.mark.cpp
 @pytest.mark.usefixtures("several_chunks")
 def test_words_ruled_out_and_great_logits():
-    """Whole chunks of -inf, and logits of 1e4: no overflow, no NaN."""
+    """Chunks of only -inf, and logits of 1e4: no overflow and no NaN."""
     hidden, weight, bias, labels = (t.detach() for t in tensors(12))
     bias[:600] = float("-inf")
     labels[labels >= 0] = labels[labels >= 0] % 600 + 605
@@ -108,7 +102,7 @@ def test_words_ruled_out_and_great_logits():
     truth = results(reference.linear_cross_entropy, torch.float64, inputs, ("hidden", "weight"))
     assert truth[0] > 100
     for one, other in zip(ours, truth, strict=True):
-        assert testing.relative_rms(one, other) < 1e-3  # a float32 of 1e4 is off by 5e-4 itself
+        assert testing.relative_rms(one, other) < 1e-3  # float32 rounds 1e4 by up to 5e-4
 
 
 @pytest.mark.cpp
@@ -123,7 +117,7 @@ def test_nan_stays_in_its_row():
 
 
 def test_rows_without_a_label_are_not_read():
-    """They may hold anything; their losses and gradients are zero."""
+    """They may hold anything. Their losses and gradients are zero."""
     hidden, weight, bias, labels = tensors(35)
     poisoned = hidden.detach().clone()
     poisoned[labels == -100] = float("nan")
@@ -138,8 +132,8 @@ def test_rows_without_a_label_are_not_read():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows", [0, 6])
-def test_no_row_counts(rows, smoothing):
-    """As torch: the mean over nothing is NaN, sum and rows are zero, all gradients zero."""
+def test_all_labels_ignored(rows, smoothing):
+    """As in torch, the mean over nothing is NaN, the sum and the rows are zero, and all gradients are zero."""
     hidden, weight, bias, labels = tensors(rows)
     labels.fill_(-100)
     for reduction in ("mean", "sum", "none"):
@@ -164,7 +158,7 @@ def test_label_out_of_range(wrong):
 @pytest.mark.cpp
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
 def test_one_gradient_alone(wanted):
-    """A frozen decoder, or a frozen encoder."""
+    """As for a frozen decoder, or a frozen encoder."""
     inputs = testing.cross_entropy_inputs(MODEL, [35])
     alone = results(native.linear_cross_entropy, torch.float32, inputs, (wanted,))
     names = ("hidden", "weight", "bias")
@@ -182,7 +176,7 @@ def test_a_second_backward_pass_through_the_same_graph():
 
 @pytest.mark.cpp
 def test_gradients_of_gradients():
-    """By torch's operators, as a penalty on the gradient asks for."""
+    """A penalty on gradients needs them; torch's operators compute them."""
     second = []
     for function in (native.linear_cross_entropy, reference.linear_cross_entropy):
         *leaves, labels = tensors(9)
@@ -193,8 +187,8 @@ def test_gradients_of_gradients():
 
 
 @pytest.mark.cpp
-def test_gradients_to_differentiate_again_where_weight_made_hidden():
-    """With tied weights: what is multiplied by the vocabulary's weight has been looked up in it."""
+def test_create_graph_when_hidden_depends_on_weight():
+    """With tied weights, the hidden states come from the same weight that multiplies them."""
     _, weight, bias, labels = tensors(9)
 
     def found(create_graph):
@@ -219,7 +213,7 @@ def test_views():
         torch.testing.assert_close(one, other)
 
 
-# ---- who computes --------------------------------------------------------------------------------------------
+# ---- which implementation computes ---------------------------------------------------------------------------
 
 
 @pytest.mark.cpp
@@ -237,7 +231,7 @@ def test_autocast(calls):
 
 
 def test_compiled_and_transformed():
-    """Graphs and torch's transforms see torch's operators, and all rows."""
+    """Under torch.compile and torch's transforms, torch's operators compute all rows."""
     *leaves, labels = (t.detach() for t in tensors(20))
     expected = reference.linear_cross_entropy(*leaves, labels)
     compiled = torch.compile(native.linear_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -254,7 +248,7 @@ def test_compiled_and_transformed():
 
 
 def test_batch_invariant_rows(calls):
-    """Within `batch_invariant()` a row's loss has the same bits alone and among others."""
+    """Within `batch_invariant()` the bits of a row's loss do not depend on other rows."""
     *leaves, labels = (t.detach() for t in tensors(35))
     with batch_invariant():
         together = native.linear_cross_entropy(*leaves, labels, reduction="none")
@@ -265,8 +259,8 @@ def test_batch_invariant_rows(calls):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_large_logits(smoothing):
-    """Two words whose logits are about 2,000 and exact in float32. A row's logsumexp as one number is rounded to 1e-4
-    there. Both words' dz were too large, or both too small, by as much, which a weight of 64 throughout multiplied."""
+    """Two words whose logits are about 2,000 and exact in float32. A logsumexp in one number is rounded to 1e-4 there:
+    both words' dz were too large or both too small by as much, multiplied by the weight, about 64."""
     hidden = torch.randn(65, 64).mul(8).round().add(8) / 16
     weight = torch.randn(2, 64).mul(4).round() / 16 + 64
     inputs = {"hidden": hidden, "weight": weight, "bias": None, "labels": torch.arange(65) % 2}
@@ -276,7 +270,7 @@ def test_large_logits(smoothing):
 @pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_passes_give_the_same_bits_with_any_number_of_threads(dtype):
-    """The passes in C++; the products between them are the vendor library's."""
+    """The C++ passes. The vendor library computes the products between them."""
     logits, bias = torch.randn(70, 96).to(dtype), torch.randn(70).to(dtype)
     labels, dloss = torch.randint(70, (96,), dtype=torch.int32), torch.randn(96)
     both, threads = [], torch.get_num_threads()

@@ -1,26 +1,20 @@
-"""dropout + add + LayerNorm on a CPU for training: the forward pass with dropout and the gradients in C++."""
+"""dropout + add + LayerNorm for training on a CPU: forward pass with dropout, and gradients, in C++."""
 
 import pytest
 import torch
 
+from cpu_dtypes import DTYPES
 from fastbert.kernels import _random, native, reference
 from fastbert.kernels.cpu import norm as cpu_norm
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget
 
 pytestmark = pytest.mark.cpp
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
-    ),
-]
 NAMES = ("y", "dx", "dresidual", "dweight", "dbias")
 
 
 def tensors(shape, dtype=torch.float32):
-    """Rows far from zero: the variance is of what is left when the mean is gone."""
+    """Rows far from zero, whose variance is that of what remains after subtracting the mean."""
     x, residual = torch.randn(2, *shape)
     weight, bias = torch.randn(2, shape[-1])
     return [t.to(dtype).requires_grad_() for t in (x, residual + 3.0, weight, bias)]
@@ -55,14 +49,14 @@ def test_gradients(dtype, dropout_p, shape):
     for name, *three in zip(NAMES, ours, plain, truth, strict=True):
         assert_within_budget(*three, name)
     if dropout_p:
-        assert torch.equal(ours[1] == 0, truth[1] == 0)  # bit for bit the mask of the specification
+        assert torch.equal(ours[1] == 0, truth[1] == 0)  # the mask is exactly that of the specification
 
 
 @pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_bias_of_x_and_float32_beside_a_product_in_bfloat16(dropout_p, mixed):
-    """What a layer in training adds: the bias of the product before, which comes in bfloat16 under autocast."""
+    """What a layer in training also adds: the bias of the product before, which is bfloat16 under autocast."""
     x, *others = tensors((2, 45, 48))
     leaves = [x.detach().bfloat16().requires_grad_() if mixed else x, *others, torch.randn(48).requires_grad_()]
     drop = options(dropout_p, 90)
@@ -108,7 +102,7 @@ def test_one_gradient_alone_and_a_strided_upstream(wanted):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_of_gradients(dropout_p, frozen):
-    """By torch's operators, under the same mask."""
+    """Computed by torch's operators under the same mask."""
     second = []
     leaves, drop = tensors((5, 16)), options(dropout_p, 5)
     if frozen:
@@ -122,10 +116,9 @@ def test_gradients_of_gradients(dropout_p, frozen):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_gradients_to_differentiate_again_where_the_residual_made_the_other_input():
-    """As in every layer, x = linear(attention(residual)). With create_graph=True the way from y by x to the residual
-    was counted in the residual's own gradient, and again behind x: an accelerated BERT's first gradients were 30% off.
-    """
+def test_create_graph_when_x_depends_on_the_residual():
+    """As in every layer, x = linear(attention(residual)). With create_graph=True the path from y through x to the
+    residual was counted twice, in its own gradient and through x: an accelerated BERT's gradients were 30% off."""
     (start, _, weight, bias), linear = tensors((5, 16)), torch.randn(16, 16, requires_grad=True)
 
     def found(create_graph):
@@ -138,7 +131,7 @@ def test_gradients_to_differentiate_again_where_the_residual_made_the_other_inpu
     assert all(grad.requires_grad for grad in again)
 
 
-def test_one_tensor_as_both_and_no_rows():
+def test_the_same_tensor_as_x_and_residual_and_no_rows():
     x, _, weight, bias = tensors((6, 32))
     for function in (native.add_layer_norm, reference.add_layer_norm):
         y = function(x, x, weight, bias)
@@ -153,8 +146,8 @@ def test_one_tensor_as_both_and_no_rows():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
-def test_keys_of_rows_are_the_specifications(dtype):
-    """Names at both ends of their range and apart in memory; seeds and streams whose sum wraps around."""
+def test_keys_of_rows_equal_those_of_the_specification(dtype):
+    """Row names at both ends of their range and strided in memory; seeds and streams whose sum wraps around."""
     ends = torch.iinfo(dtype)
     names = torch.tensor([[0, 9], [1, 9], [ends.max, 9], [ends.min, 9], [-1, 9]], dtype=dtype)[:, 0]
     for seed, stream in ((0, 0), (2**62, 3), (-1, 2**31), (-(2**63), 12)):
@@ -176,7 +169,7 @@ def rms_results(function, x, weight, residual=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 16), (64, 48), (3, 45, 384), (5, 3, 64)], ids=str)
 def test_rms_norm(shape, dtype, wide):
-    """Rows, and heads of a view of one product, whose rows do not lie one after another."""
+    """Rows, and heads in a view of a joined product, whose rows are not contiguous."""
     heads = torch.randn(shape[0], 2 * shape[1], *shape[2:]) if shape[-1] == 64 else None
     x = torch.randn(shape) if heads is None else heads[:, : shape[1]]
     leaves = [x.to(dtype).requires_grad_(), torch.randn(shape[-1], dtype=torch.float32 if wide else dtype)]
@@ -191,7 +184,7 @@ def test_rms_norm(shape, dtype, wide):
         assert_within_budget(*three, name)
 
 
-def test_rms_norm_behind_a_sum_with_dropout():
+def test_rms_norm_of_a_sum_with_dropout():
     x, residual, weight, x_bias = torch.randn(45, 48), torch.randn(45, 48), torch.randn(48), torch.randn(48)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     drop = options(0.3, 45, named=True) | {"x_bias": x_bias}

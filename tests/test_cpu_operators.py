@@ -1,4 +1,4 @@
-"""What inference on a CPU adds to torch's operators: attention and LayerNorm in C++, weights laid out beforehand."""
+"""Inference on a CPU: attention and LayerNorm in C++, and weights that are laid out beforehand."""
 
 import copy
 import gc
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastbert
+from cpu_dtypes import DTYPES
 from fastbert.kernels import native, reference
 from fastbert.kernels.cpu import attention as cpu_attention
 from fastbert.kernels.cpu import layouts
@@ -19,20 +20,13 @@ from fastbert.testing import assert_within_budget, cu_seqlens_of
 
 pytestmark = pytest.mark.native
 
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(torch.bfloat16 not in cpp.dtypes(), reason="this CPU has no AVX512-BF16"),
-    ),
-]
-# around the six rows and the sixteen keys that go together, none, one, and more than four registers of keys
+# around six rows and sixteen keys (one block), none, one, and more than four registers of keys
 LENGTHS = [1, 2, 5, 0, 6, 7, 16, 17, 64, 65, 130]
 SHAPES = [(4, 4, 32), (2, 2, 64), (3, 3, 16), (4, 2, 80), (2, 1, 112)]  # heads, key heads, head_dim
 
 
 def random_qkv(lengths, heads=4, kv_heads=4, head_dim=32):
-    """Views of one fused projection, as a model makes them."""
+    """Views of a fused projection, as a model has them."""
     qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, head_dim, dtype=torch.float64)
     return qkv.split([heads, kv_heads, kv_heads], dim=1)
 
@@ -61,7 +55,7 @@ def test_attention(dtype, heads, kv_heads, head_dim):
 @pytest.mark.cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_of_extreme_scores(dtype):
-    """Far above, far below, and all equal: nothing overflows, and the padding of a register of keys is no key."""
+    """Far above, far below and all equal: nothing overflows, and the padding of a register of keys does not count."""
     lengths = [20, 33, 7]
     q, k, v = random_qkv(lengths)
     for shift in (30.0, -30.0):
@@ -107,7 +101,7 @@ def test_no_tokens():
 
 @pytest.mark.cpp
 @pytest.mark.parametrize("why", ["head_dim", "float16", "stride", "options"])
-def test_what_it_does_not_take_goes_to_torch(why):
+def test_unsupported_attention_goes_to_torch(why):
     lengths, options = [5, 9], {}
     q, k, v = random_qkv(lengths, head_dim=24 if why == "head_dim" else 32)
     q, k, v = (t.to(torch.float16 if why == "float16" else torch.float32) for t in (q, k, v))
@@ -140,7 +134,7 @@ def test_compiled_attention_is_the_same():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [16, 384, 1024])
 def test_add_layer_norm(dtype, width):
-    """Rows far from zero too: the variance is of what is left when the mean is gone."""
+    """Also for rows far from zero, whose variance is that of what remains after subtracting the mean."""
     x, residual = torch.randn(2, 7, 3, width, dtype=torch.float64)
     residual += 5.0
     weight, bias = torch.randn(2, width, dtype=torch.float64)
@@ -174,12 +168,12 @@ def test_add_layer_norm_that_goes_to_torch():
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize(
     ("rows", "columns", "inner"),
-    # as they lie; then transposed: six rows and less, one register of columns to more than a panel of four
+    # weights as given, then transposed: up to six rows; from one register of columns to more than a panel of four
     [*itertools.product((1, 3, 4, 5, 17, 64), (4, 68), (32, 96)), (17, 32, 1056), (64, 32, 1056),
      (145, 16, 32), (146, 64, 544), (147, 112, 96), (148, 208, 32), (149, 80, 1056), (150, 128, 544)],
 )  # fmt: skip
 def test_products(dtype, activation, rows, columns, inner):
-    """With few rows there are several draws, because the error of four numbers is a matter of chance."""
+    """Several draws for few rows, because the error of four numbers depends on chance."""
     draws = 1 + 16 // rows
     x, weight, bias = torch.randn(draws, rows, inner), torch.randn(columns, inner) / inner**0.5, torch.randn(columns)
     x, weight, bias = (t.double().to(dtype) for t in (x, weight, bias))
@@ -198,8 +192,8 @@ def test_products(dtype, activation, rows, columns, inner):
 @pytest.mark.cpp
 @pytest.mark.parametrize(("rows", "fewer"), [(9, 1), (300, 151)])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_products_of_rows_in_other_company(rows, fewer, threads):
-    """A row's bits do not depend on how many others there are, nor on who shares the work."""
+def test_products_do_not_depend_on_other_rows_or_threads(rows, fewer, threads):
+    """A row's bits do not depend on the number of rows, nor on the number of threads."""
     x, weight, bias = torch.randn(rows, 544), torch.randn(144, 544), torch.randn(144)
     together, before = cpp.linear(x, weight, bias, "gelu"), torch.get_num_threads()
     try:
@@ -214,7 +208,7 @@ def test_products_of_rows_in_other_company(rows, fewer, threads):
 @pytest.mark.parametrize("rows", [5, 150])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_side_by_side(dtype, rows, monkeypatch):
-    """Bit for bit the products one by one; the joined weight is not made."""
+    """Equal to the separate products bit by bit, without making the joined weight."""
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: True)
     layers = [torch.nn.Linear(64, n, bias=n != 32).to(dtype) for n in (16, 80, 32)]
     joined, x = JoinedLinears(), torch.randn(2, rows, 64).to(dtype)
@@ -226,7 +220,7 @@ def test_products_side_by_side(dtype, rows, monkeypatch):
 
 
 @pytest.mark.cpp
-def test_products_that_are_not_side_by_side():
+def test_products_that_cannot_run_side_by_side():
     x, weights = torch.randn(5, 64), [torch.nn.Parameter(torch.randn(32, 64)) for _ in range(2)]
     with torch.no_grad():
         assert native.linears(x, weights, [None, None]).shape == (5, 64)
@@ -237,7 +231,7 @@ def test_products_that_are_not_side_by_side():
 @pytest.mark.cpp
 def test_subclasses_of_tensors_go_to_torch():
     class Half(torch.Tensor):
-        """Says that it is larger than its memory, as a tensor that is spread over machines does."""
+        """Reports a larger size than its memory has, as a tensor that is spread over machines does."""
 
     weight = torch.randn(32, 64).as_subclass(Half)
     assert not cpp.takes_linear(torch.randn(4, 64), weight, None)
@@ -246,7 +240,7 @@ def test_subclasses_of_tensors_go_to_torch():
 
 @pytest.mark.cpp
 def test_products_within_batch_invariant(monkeypatch):
-    """Rows of any company have the same bits; widths and CPUs without that product go in blocks of torch's."""
+    """A row has the same bits among any rows. Other widths, and CPUs without this product, use blocks of torch's."""
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: True)
     x, weight, bias = torch.randn(200, 96), torch.randn(64, 96), torch.randn(64)
     with fastbert.batch_invariant():
@@ -273,9 +267,9 @@ def test_nan_stays_in_its_row(rows):
 
 
 @pytest.mark.cpp
-def test_who_multiplies(linear, monkeypatch):
-    """With gradients, odd widths, other activations not at all; few rows where the vendor has tiles or the width is no
-    multiple of 16, and fewer yet where a weight is laid out for them."""
+def test_which_products_the_cpp_takes(linear, monkeypatch):
+    """None with gradients, of odd widths or with other activations. There is a limit of rows where the vendor library
+    has faster instructions or the width is no multiple of 16, and a lower one if the weight is laid out."""
     x, weight = torch.randn(17, 48), linear.weight.detach()
     assert cpp.takes_linear(x, weight, None)
     assert not cpp.takes_linear(x, weight, None, laid_out=True)
@@ -300,13 +294,13 @@ def test_who_multiplies(linear, monkeypatch):
 
 @pytest.fixture
 def linear(monkeypatch):
-    """As where the vendor library has instructions that the operators have not: then weights are laid out for it."""
+    """As on a CPU where the vendor library has instructions that the operators lack: weights are laid out for it."""
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: False)
     return fastbert.prepack(torch.nn.Linear(48, 32))
 
 
 def used(linear, x):
-    """What the product gives without gradients."""
+    """The product without gradients."""
     with torch.no_grad():
         return fastbert.functional.linear(x, linear.weight, linear.bias, impl="native")
 
@@ -351,7 +345,7 @@ def test_changed_weights_are_noticed(linear, change):
         linear.load_state_dict(torch.nn.Linear(48, 32).state_dict())
     elif change == "data":
         linear.weight.data = torch.randn(32, 48)
-    elif change == "through data":  # which torch does not count; averages of weights are copied so
+    elif change == "through data":  # torch does not count such changes; averaged weights are often copied like this
         linear.weight.data.copy_(torch.randn(32, 48))
     elif change == "dtype":
         linear.to(torch.bfloat16)
@@ -373,7 +367,7 @@ def test_gradients_and_autocast_use_the_weight_itself(linear):
         assert used(linear, x).dtype == torch.bfloat16
 
 
-def test_copies_and_files_know_nothing_of_it(linear):
+def test_copies_and_files_hold_plain_weights(linear):
     used(linear, torch.randn(20, 48))
     twin = copy.deepcopy(linear)
     assert not is_packed(twin)
@@ -383,8 +377,8 @@ def test_copies_and_files_know_nothing_of_it(linear):
     assert torch.equal(torch.load(buffer, weights_only=False).weight, linear.weight)
 
 
-def test_packed_weights_die_with_their_model():
-    gc.collect()  # what earlier tests left goes first
+def test_packed_weights_are_freed_with_their_model():
+    gc.collect()  # frees what earlier tests left
     before = len(layouts._marked)
     linear = fastbert.prepack(torch.nn.Linear(48, 32))
     used(linear, torch.randn(20, 48))
@@ -394,7 +388,7 @@ def test_packed_weights_die_with_their_model():
     assert len(layouts._marked) == before
 
 
-def test_batch_invariant_products_do_not_take_them(linear):
+def test_batch_invariant_products_do_not_use_packed_weights(linear):
     used(linear, torch.randn(20, 48))
     x = torch.randn(200, 48)
     with fastbert.batch_invariant():
@@ -402,8 +396,8 @@ def test_batch_invariant_products_do_not_take_them(linear):
 
 
 def test_a_maximum_of_zero_passes_its_whole_gradient_on():
-    """Pooling began from zeros, which torch's scatter_reduce leaves out of the maximum and counts among its ties all
-    the same: behind a ReLU a fourth of the gradient of three tokens was lost."""
+    """Pooling started from zeros. torch's scatter_reduce leaves them out of the maximum, but counts them among its
+    ties: after a ReLU a quarter of the gradient of three tokens was lost."""
     x = torch.tensor([-1.0, -2.0, -3.0, 0.0, 2.0]).relu()[:, None].expand(5, 16).clone().requires_grad_()
     y = native.pool(x, cu_seqlens_of([3, 0, 2]), "max", False)
     (dx,) = torch.autograd.grad(y.sum(), x)

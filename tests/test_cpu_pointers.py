@@ -1,5 +1,4 @@
-"""The C++ operators are handed no tensor that they would read or write past its end: each entry refuses what does not
-fit, whatever the callers before it have made sure of."""
+"""The C++ operators never access memory past the end of a tensor: each entry itself refuses what does not fit."""
 
 import ast
 from pathlib import Path
@@ -46,7 +45,7 @@ def in_8_bits(x):
 
 
 def one_layer_in_8_bits(x, starts, *norms):
-    """Refused is also what `int8.encoder_layers` leaves to the layers one by one."""
+    """`int8.encoder_layers` may also refuse, by leaving a call to the separate layers."""
     if not int8.is_in_cpp():
         pytest.skip("no AVX512-VNNI")
     shapes = [(C, C)] * 4 + [(2 * C, C), (C, 2 * C)]
@@ -180,10 +179,10 @@ ENTRIES = {
 
 
 class Owned(Tensor):
-    """Whose memory may be anything."""
+    """A tensor whose memory may be anything."""
 
 
-# what is done to one of the tensors
+# what is done to one tensor
 SPOILERS = {
     "another_dtype": lambda t: t.to(torch.int16 if t.is_floating_point() else torch.float64),
     "a_wider_dtype": lambda t: t.double() if t.is_floating_point() else t.to(torch.int8),
@@ -205,7 +204,7 @@ def is_refused(function, given) -> bool:
     return False
 
 
-# (entry, which tensor, spoiler) that is no spoiler: what an entry copies for itself, and numbers of rows that are free
+# (entry, index of the tensor, spoiler) that is allowed: the entry copies the tensor, or the number of rows is free
 FIT_TOO = {
     ("attention_backward", 0, "every_other_column"),
     ("add_layer_norm_backward", 0, "every_other_column"),
@@ -233,8 +232,8 @@ def test_entries_take_what_fits(name):
 @pytest.mark.parametrize("spoiler", SPOILERS)
 @pytest.mark.parametrize("name", ENTRIES)
 def test_entries_refuse_what_does_not_fit(name, spoiler):
-    """Once a buffer made under `set_default_dtype(torch.float16)` was half as long as the library took it for, and the
-    heap was overrun without a word."""
+    """A buffer made under `set_default_dtype(torch.float16)` was half as long as the library assumed, and the heap was
+    overwritten without an error."""
     function, tensors = ENTRIES[name]
     for place in range(len(tensors())):
         if (name, place, spoiler) in FIT_TOO:
@@ -261,7 +260,7 @@ def test_starts_have_one_dimension(name):
 
 @pytest.mark.parametrize("name", ["encoder_layers", "int8_layers"])
 def test_layers_take_rows_of_tokens(name):
-    """x of shape [1, T, C] gave ctypes a size too many: ctypes.ArgumentError, which no caller catches."""
+    """For x of shape [1, T, C] ctypes got one size too many: ctypes.ArgumentError, which no caller catches."""
     function, tensors = ENTRIES[name]
     x, *rest = tensors()
     for wrong in (x[None], x.flatten()):
@@ -269,7 +268,7 @@ def test_layers_take_rows_of_tokens(name):
             function(wrong, *rest)
 
 
-def test_what_is_no_number_is_refused():
+def test_arguments_that_are_no_numbers_are_refused():
     with pytest.raises(TypeError, match="add_layer_norm: argument"):
         cpp.add_layer_norm(floats(T, C), floats(T, C), floats(C), floats(C), "1e-5")
 
@@ -291,11 +290,11 @@ def test_rows_are_whole_registers(width):
         cpp.linear(x, floats(6, width), None)
 
 
-def test_no_other_code_asks_for_an_address():
-    """A tensor that is passed in another way has not been checked."""
+def test_only_one_module_passes_addresses():
+    """A tensor that is passed in another way is unchecked."""
     folder = Path(pointers.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         tree = ast.parse(path.read_text())
         asks = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "data_ptr"]
-        # layouts.py tells by the address whether a weight has moved, and calls nothing of the library
+        # layouts.py compares addresses to see whether a weight has moved, and calls nothing of the library
         assert path.name in ("pointers.py", "layouts.py") or not asks, path

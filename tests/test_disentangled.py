@@ -1,4 +1,4 @@
-"""Disentangled attention, DeBERTa's: every implementation beside the specification, float64 as truth."""
+"""DeBERTa's disentangled attention: every implementation within the budget against float64."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ from fastbert.kernels import _disentangled_native, reference
 from fastbert.kernels.cpu import disentangled as cpp_disentangled
 from fastbert.testing import assert_within_budget, cu_seqlens_of
 
-# around six rows, a register, and a block of 96 rows; none; one. Batches of a few, since the reference is slow
+# around six rows, a register, and a block of 96 rows; none; one. Small batches, since the reference is slow
 LENGTHS = {"short": [1, 2, 5, 0, 6, 7, 17, 33], "blocks": [97, 64], "long": [203, 12, 96]}
 TERMS = {"both": (True, True), "c2p": (True, False), "p2c": (False, True), "none": (False, False)}
 NAMES = ("o", "dq", "dk", "dv", "dpk", "dpq")
 
 
 def inputs_of(lengths, heads=2, head_dim=32, terms="both", rows=23, reach=None):
-    """(q, k, v as views of one product, pk, pq), do, a table that gives any distance any row."""
+    """(q, k, v as views of one product, pk, pq), do, and a table that may map any distance to any row."""
     longest = max(1, *lengths) if reach is None else reach
     qkv = torch.randn(sum(lengths), 3, heads, head_dim, dtype=torch.float64)
     tables = (torch.randn(rows, heads, head_dim, dtype=torch.float64) if has else None for has in TERMS[terms])
@@ -24,7 +24,7 @@ def inputs_of(lengths, heads=2, head_dim=32, terms="both", rows=23, reach=None):
 
 
 def results(attention, tensors, do, lut, lengths, dtype, **options):
-    """o and the gradients of what there is."""
+    """o, and the gradients of the tensors that are given."""
     leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
     o = attention(*leaves, lut, cu_seqlens_of(lengths, "cpu"), max(lengths, default=0), **options)
     given = [leaf for leaf in leaves if leaf is not None]
@@ -61,13 +61,13 @@ def test_values_and_gradients(impl, lengths, dtype, p):
 
 @pytest.mark.parametrize("terms", ["c2p", "p2c", "none"])
 @pytest.mark.parametrize("impl", ["native"])
-def test_terms_that_are_not_there(impl, terms):
+def test_missing_terms(impl, terms):
     lengths = LENGTHS["short"]
     for dtype in (torch.float32, torch.bfloat16):
         assert_right(inputs_of(lengths, terms=terms), lengths, dtype, impl)
 
 
-# of several tiles and of one, none; a row of a tile alone
+# several tiles and a part of one, none, a single row in a tile
 SMALL = [33, 0, 1, 5]
 
 
@@ -80,12 +80,12 @@ def test_kernels(impl, terms, p):
 
 @pytest.mark.parametrize("impl", ["triton"])
 def test_kernels_of_16_bits_and_widths_that_fill_no_block(impl):
-    """With tiles of 32, in float16, because the interpreter only emulates bfloat16."""
+    """Tiles of 32 in float16, because the interpreter only emulates bfloat16."""
     assert_right(inputs_of([40, 3], heads=1, head_dim=24, rows=5, reach=50), [40, 3], torch.float16, impl)
 
 
 @pytest.mark.triton
-def test_heads_that_are_too_wide_for_the_kernels():
+def test_heads_too_wide_for_the_kernels():
     (q, k, v, pk, pq), _, lut = inputs_of([5], heads=1, head_dim=80)
     starts = cu_seqlens_of([5], "cpu")
     q, k, v, pk, pq = (t.float() for t in (q, k, v, pk, pq))
@@ -105,7 +105,7 @@ def test_other_widths_scales_and_a_table_for_longer_texts(impl, head_dim):
 
 @pytest.mark.parametrize("impl", ["native", "triton"])
 def test_a_text_has_the_same_bits_in_any_batch(impl):
-    """Alone it comes with a table for texts of 70 too: one for 9 is laid out elsewhere."""
+    """Both calls have a table for texts of up to 70 tokens. (A table for 9 would be laid out differently.)"""
     tensors, _, lut = inputs_of([30, 9, 70])
     q, k, v, pk, pq = (t.float() for t in tensors)
     whole = F.disentangled_attention(q, k, v, pk, pq, lut, cu_seqlens_of([30, 9, 70], "cpu"), 70, impl=impl)
@@ -130,7 +130,7 @@ def test_the_cpp_computes_and_threads_change_nothing():
 
 
 @pytest.mark.cpp
-def test_the_cpp_refuses_what_it_would_read_wrongly():
+def test_the_cpp_refuses_invalid_arguments():
     (q, k, v, pk, pq), _, lut = inputs_of([5, 8])
     q, k, v, pk, pq = (t.float() for t in (q, k, v, pk, pq))
     starts = cu_seqlens_of([5, 8], "cpu")
@@ -142,7 +142,7 @@ def test_the_cpp_refuses_what_it_would_read_wrongly():
 
 
 def test_second_derivatives():
-    """Through the C++ too: its backward is then made of torch's own operators."""
+    """Also of the C++ operator, whose backward pass then uses torch's own operators."""
     dtype = torch.float32
     lengths = [4, 7]
     given, do, lut = inputs_of(lengths, heads=1, head_dim=16)
@@ -158,7 +158,7 @@ def test_second_derivatives():
 
 
 def test_padding_attends_to_every_column_alike():
-    """A row of padding has a score of one and the same number everywhere in the original, its own padding included."""
+    """In the original, a padded query has the same score for every key, padding included."""
     tensors, _, lut = inputs_of([6, 6, 6])
     q, k, v, pk, pq = (t if t.shape[0] == 23 else t.unflatten(0, (3, 6)) for t in tensors)
     real = torch.arange(6) < torch.tensor([6, 4, 1])[:, None]
@@ -186,7 +186,7 @@ def test_padding_attends_to_every_column_alike():
         ({"impl": "fastest"}, "impl must be one of"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, message):
+def test_arguments_that_do_not_fit_are_refused(change, message):
     (q, k, v, pk, pq), _, lut = inputs_of([5, 8])
     call = {"q": q, "k": k, "v": v, "pk": pk, "pq": pq, "lut": lut, "cu_seqlens": cu_seqlens_of([5, 8], "cpu")}
     with pytest.raises(ValueError, match=message):
@@ -202,8 +202,8 @@ def test_no_token_at_all():
 
 
 def test_large_scores_in_float16():
-    """The products of q and k overflowed before they were scaled, and all values became NaN. Transformers scales before
-    the product, and its scores here are about 12,000."""
+    """The products of q and k overflowed before they were scaled, and all values became NaN. Transformers scales first;
+    its scores here are about 12,000."""
     (q, k, v, pk, pq), _, lut = inputs_of([4, 7])
     given = [t.half() for t in (60.0 + q, 60.0 + k, v, pk, pq)]
     starts = cu_seqlens_of([4, 7], "cpu")
@@ -213,7 +213,7 @@ def test_large_scores_in_float16():
 
 
 @pytest.mark.once
-def test_what_the_cpp_does_not_know_takes_the_other_way():
+def test_calls_that_the_cpp_does_not_support_go_to_torch():
     (q, k, v, pk, pq), _, lut = inputs_of([5, 8], head_dim=24)
     starts = cu_seqlens_of([5, 8], "cpu")
     q, k, v, pk, pq = (t.float() for t in (q, k, v, pk, pq))

@@ -1,4 +1,4 @@
-"""Distilling in the loop, students and what they begin with, and layers of a teacher in a student."""
+"""Distilling in the training loop, students and their first weights, and pairing layers of teacher and student."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def gradients(run) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["sentence", "several", "token", "qa"])
 def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
-    """With dropout and a projection: each loss is divided once, by what the whole step has."""
+    """With dropout and a projection. Each loss is divided once, by the count of the whole step."""
     whole = run_of(tmp_path, kind, *ALL, width=16)
     exact = run_of(tmp_path, kind, *ALL, width=16)
     exact.model, exact.shared = (doubled(exact.model),) * 2
@@ -50,8 +50,8 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
 
 @pytest.mark.once
 def test_two_processes_train_as_one(tmp_path):
-    """Under DDP and FSDP2, with dropout and a projection: tokens of a step are shared unevenly, and every loss is that
-    of one process but for rounding."""
+    """Under DDP and FSDP2, with dropout and a projection: the tokens of a step are shared unevenly, and every loss
+    equals that of one process except for rounding."""
     both = tmp_path / "ddp", tmp_path / "fsdp"
     run_in_two("distill_models.py", *both)
     one = run_of(tmp_path / "one", "token", *ALL, width=16)
@@ -80,15 +80,15 @@ def test_a_step_is_divided_by_its_own_items(kind, tmp_path):
 
 
 def test_texts_without_labels_teach_as_much(tmp_path):
-    """The teacher alone is asked: nothing is read of the windows' targets."""
+    """Only the teacher is used: the targets of the windows are not read."""
     run, blind = (run_of(tmp_path, "token", "logits", "hidden") for _ in range(2))
     blind.windows = [type(w)(w.input_ids, w.token_type_ids, w.example, None, w.words) for w in blind.windows]
     torch.testing.assert_close(gradients(blind), gradients(run))
 
 
 def test_a_student_comes_nearer_to_its_teacher(tmp_path):
-    """The losses of the last steps are smaller than those of the first, and the teacher stays as it was."""
-    names = [name for name in ALL if name != "labels"]  # which say something else
+    """The losses of the last steps are smaller than those of the first, and the teacher does not change."""
+    names = [name for name in ALL if name != "labels"]  # labels pull towards other answers
     run = run_of(tmp_path, "sentence", *names, width=16, dropout=0.0, epochs=30, lr=5e-3)
     run.SAVES_EPOCHS = False
     before = {name: t.clone() for name, t in run.model.teacher.state_dict().items()}
@@ -105,8 +105,8 @@ def test_a_student_comes_nearer_to_its_teacher(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("logits", "hidden"), ("attention",)], ids=["answers", "without-a-head"])
-def test_a_run_goes_on_to_the_same_bits(names, tmp_path):
-    """With its projection. Of a run that trains no head, the head is left alone."""
+def test_a_resumed_run_ends_with_the_same_bits(names, tmp_path):
+    """With its projection. If no loss trains the head, the head does not change."""
     whole = run_of(tmp_path / "whole", "sentence", *names, width=16)
     whole.train()
     first = run_of(tmp_path / "parts", "sentence", *names, width=16, save_every=1)
@@ -129,8 +129,8 @@ def test_a_run_goes_on_to_the_same_bits(names, tmp_path):
         assert torch.equal(p, second.model.get_parameter(name)), name
 
 
-def test_hooks_do_not_stay(tmp_path):
-    """And what they see is what the layer's own linear layers give."""
+def test_hooks_are_removed(tmp_path):
+    """The hooks return what the layer's own linear layers compute."""
     task, _, windows = task_of("sentence", 8)
     model, batch = model_of(task, 2).eval(), pack(windows, range(8), CPU)
     with projections_of(model, [1]) as found:
@@ -144,15 +144,15 @@ def test_hooks_do_not_stay(tmp_path):
     assert not attention._forward_hooks
 
 
-def test_without_activations_kept_gradients_are_the_same(tmp_path):
+def test_gradients_are_the_same_without_stored_activations(tmp_path):
     run, other = (run_of(tmp_path, "sentence", *ALL, width=16) for _ in range(2))
     other.model.student.gradient_checkpointing_enable()
     for (name, g), found in zip(gradients(run).items(), gradients(other).values(), strict=True):
         torch.testing.assert_close(found, g, msg=name)
 
 
-def test_differences_are_not_taken_in_half_precision(monkeypatch):
-    """Within autocast the passes are in bfloat16, and what compares them is not."""
+def test_losses_are_not_computed_in_half_precision(monkeypatch):
+    """Within autocast the forward passes are in bfloat16, but the losses are not."""
     trained, task, windows = distilled_of("sentence", "logits", "attention", "minilm2", pairs=((0, 0), (2, 2)))
     asked, of_pairs = [], losses.pairwise
 
@@ -185,7 +185,7 @@ def student_of(school, given, init=None, teacher=None):
 @pytest.mark.once
 @pytest.mark.parametrize(("init", "layers"), [(None, [1, 3]), ("last", [2, 3]), ("0,2", [0, 2]), ("first", [0, 1])])
 def test_layers_of_the_teacher(school, init, layers):
-    """And its embeddings, pooler and classifier: so a student of all layers answers as the teacher does."""
+    """Embeddings, pooler and classifier are copied too, so a student with all layers answers like the teacher."""
     teacher = school[0]
     student = student_of(school, 2, init)
     for new, old in enumerate(layers):
@@ -205,7 +205,7 @@ def test_layers_of_the_teacher(school, init, layers):
 
 
 @pytest.mark.once
-def test_heads_that_the_teacher_has_lost(school):
+def test_a_teacher_with_pruned_heads(school):
     task = task_of("sentence")[0]
     torch.manual_seed(0)
     config = BertConfig.from_dict(school[0].config.to_dict(), pruned_heads={1: [0], 3: [1]})
@@ -223,8 +223,8 @@ def write_config(path, **sizes):
 
 
 def test_a_bottleneck_brings_a_student_near_its_teacher(school, tmp_path):
-    """Its hidden states beside the teacher's, which go through the same basis: much nearer than those of random
-    weights, also on texts that nothing was measured on."""
+    """Its hidden states are much nearer to the teacher's, projected on the same basis, than those of random weights;
+    also on texts that were not used to find the basis."""
     teacher, _, texts = school
     file = write_config(tmp_path / "narrow.json")
     others = pack(task_of("sentence", 40)[2][20:], range(20), CPU)
@@ -268,7 +268,7 @@ def test_a_student_wider_than_its_teacher_begins_with_random_weights(school, tmp
 
 
 def with_uneven_norms(model):
-    """A copy whose LayerNorms have weights and biases as after a training."""
+    """A copy whose LayerNorms have weights and biases as after training."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -277,8 +277,8 @@ def with_uneven_norms(model):
     return model
 
 
-def test_a_bottleneck_that_leaves_nothing_out_is_the_teacher(school, tmp_path, monkeypatch):
-    """All directions, heads and columns, in a basis in which a LayerNorm is one: the same function."""
+def test_a_bottleneck_of_full_size_equals_the_teacher(school, tmp_path, monkeypatch):
+    """With all directions, heads and columns, in a basis in which LayerNorm keeps its form."""
     monkeypatch.setattr(bottleneck, "_basis", lambda states, width: torch.eye(width))
     teacher, _, texts = school
     teacher = with_uneven_norms(teacher)
@@ -307,8 +307,8 @@ def test_a_bottleneck_of_masked_words(school, tmp_path):
 
 
 @pytest.mark.once
-def test_a_student_takes_the_kinds_of_tokens_that_its_teacher_takes(school, tmp_path):
-    """A file of sizes that does not name their number means 2, and the teacher may know one."""
+def test_a_student_has_as_many_token_types_as_its_teacher(school, tmp_path):
+    """A file of sizes without their number means 2, but the teacher may have one."""
     teacher = type(school[0])(BertConfig.from_dict(school[0].config.to_dict(), type_vocab_size=1), "native").eval()
     for init in (None, "new"):
         student = student_of(school, write_config(tmp_path / "narrow.json"), init, teacher)
@@ -338,8 +338,9 @@ def save(model, folder, tokenizer):
 
 
 @pytest.mark.once
-def test_a_model_that_exists(school, tmp_path):
-    """With its own head where that has the teacher's labels, else with a new one; not with other words or labels."""
+def test_an_existing_model_as_student(school, tmp_path):
+    """It keeps its own head if that has the teacher's labels, and gets a new one if it has none. Another vocabulary or
+    other labels are refused."""
     teacher, tokenizer, _ = school
     folder = save(model_of(task_of("sentence")[0], 1, seed=9), tmp_path / "own", tokenizer)
     student = student_of(school, folder)

@@ -1,4 +1,4 @@
-"""`fastbert distill` from files to a folder, in transformers' hands too, and what it refuses."""
+"""`fastbert distill` from files to a folder, which transformers can read, and what is refused."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ COMMON = ("--impl", "native", "--dtype", "float32", "--device", "cpu")
 
 
 def write_examples(kind: str, path, labelled: bool = True):
-    """The examples of `training_models` as a file."""
+    """Writes the examples of `training_models` to a file."""
     examples = examples_of(kind, 24)
     if kind == "token":
         rows = [
@@ -49,7 +49,7 @@ def write_examples(kind: str, path, labelled: bool = True):
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """A folder for each kind, as `fastbert finetune` leaves one."""
+    """A folder for each kind, as `fastbert finetune` writes it."""
     home, made = tmp_path_factory.mktemp("teachers"), {}
     for kind in KINDS:
         task, made[kind] = task_of(kind)[0], home / kind
@@ -69,7 +69,7 @@ def distill(teacher, kind, data, out, *others, student=2) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_task_without_labels(kind, teachers, tmp_path, capsysbinary):
-    """The student answers as its teacher more often than at first, and transformers reads it."""
+    """The student agrees with its teacher more often than before, and transformers reads it."""
     import transformers
 
     data = write_examples(kind, tmp_path / "unlabelled", labelled=False)
@@ -93,8 +93,8 @@ def test_every_task_without_labels(kind, teachers, tmp_path, capsysbinary):
     assert Encoder.from_pretrained(out, dtype="float32").encode(["a b"]).shape == (1, 32)
 
 
-def test_a_run_that_was_interrupted_goes_on(teachers, tmp_path, monkeypatch):
-    """To the same bits; and not with another teacher, loss or temperature."""
+def test_an_interrupted_run_continues(teachers, tmp_path, monkeypatch):
+    """It ends with the same bits. Another teacher, loss or temperature is refused."""
     task, changed = task_of("sentence")[0], tmp_path / "changed"
     changed.mkdir()
     model = model_of(task, 3, seed=3)
@@ -144,7 +144,7 @@ def test_a_student_has_the_settings_of_its_teacher(teachers, tmp_path):
 
 @pytest.fixture(scope="module")
 def guesser(tmp_path_factory):
-    """(a model of masked words, text)."""
+    """(a model with a head for masked words, text)."""
     folder = tmp_path_factory.mktemp("guesser")
     torch.manual_seed(0)
     config = BertConfig(
@@ -167,7 +167,7 @@ def words(guesser, out, *others, student=1) -> int:
 
 
 def test_masked_words(guesser, tmp_path):
-    """Logits over the vocabulary: the student's guesses come nearer; it goes on to the same bits."""
+    """With logits over the vocabulary the student's guesses come nearer; a continued run ends with the same bits."""
     import transformers
 
     args = ("--losses", "logits,labels=0.5,cosine,attention", "--steps", 8, "--lr", "2e-3", "--eval", guesser[1])
@@ -213,14 +213,14 @@ def test_relations_of_an_encoder_without_a_head(guesser, tmp_path):
         ("several", "sentence", ("--metric", "accuracy"), "--metric of --task sentence is one of"),
     ],
 )  # fmt: skip
-def test_a_teacher_that_does_not_fit(teacher, kind, args, says, teachers, tmp_path, capsys):
+def test_a_teacher_that_does_not_fit_is_refused(teacher, kind, args, says, teachers, tmp_path, capsys):
     data = write_examples(kind, tmp_path / "data", labelled=False)
     assert distill(teachers[teacher], kind, data, tmp_path / "out", *args) == 1
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_labels_that_the_teacher_does_not_know(teachers, tmp_path, capsys):
+def test_labels_unknown_to_the_teacher_are_refused(teachers, tmp_path, capsys):
     data = tmp_path / "data.tsv"
     data.write_text("text\tlabel\na b\tearly\nc d\tmiddle\n")
     assert distill(teachers["sentence"], "sentence", data, tmp_path / "out", "--losses", "logits,labels") == 1
@@ -230,8 +230,8 @@ def test_labels_that_the_teacher_does_not_know(teachers, tmp_path, capsys):
     assert distill(teachers["sentence"], "sentence", data, tmp_path / "other", "--eval", data) == 1
 
 
-def test_folders_that_are_half_written(teachers, tmp_path, capsys):
-    """A teacher without weights, cut weights, a head of another task; and nothing is lost of what OUT had."""
+def test_incomplete_folders_are_refused(teachers, tmp_path, capsys):
+    """A teacher without weights, truncated weights, a head of another task. OUT keeps its old files."""
     data, out = write_examples("sentence", tmp_path / "data", labelled=False), tmp_path / "out"
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -344,7 +344,7 @@ def test_a_teacher_in_8_bits(teachers, tmp_path):
         ((), "one of the arguments --task --mlm is required"),
     ],
 )
-def test_arguments_that_do_not_go_together(args, says, tmp_path, capsys):
+def test_arguments_that_exclude_each_other(args, says, tmp_path, capsys):
     assert run("distill", "--teacher", "t", "--student", 1, "--data", "d", "--out", tmp_path / "out", *args) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Each loss of distilling and its gradients, beside plain torch in float64, and what is never in memory."""
+"""Each loss of distilling and its gradients, compared with plain torch in float64, and its use of memory."""
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ CASES = [(kind, "logits", 32) for kind in KINDS] + [("sentence", name, width) fo
 
 
 @pytest.mark.parametrize(("kind", "name", "width"), CASES, ids=["-".join(map(str, case)) for case in CASES])
-def test_a_loss_and_its_gradients_beside_float64(kind, name, width):
-    """Packed and through hooks, against a text at a time out of the hidden states. In float64 to rounding; in float32
-    within twice the error of the plain way. The labels' loss is there too, so that sums and weights are."""
+def test_a_loss_and_its_gradients_against_float64(kind, name, width):
+    """Packed and by hooks, compared with one text at a time from its hidden states: equal in float64, and within twice
+    the error of the plain way in float32. The labels' loss is included, so that sums and weights are tested too."""
     trained, task, windows = distilled_of(kind, "labels", name, width=width)
     exact, divisor = doubled(trained), divisor_of(trained, task, windows)
 
@@ -40,7 +40,7 @@ def test_a_loss_and_its_gradients_beside_float64(kind, name, width):
         assert error <= 2 * budget + 1e-6 * scale, parameter
 
 
-def test_a_teacher_with_the_same_weights_has_nothing_to_teach():
+def test_a_teacher_with_the_same_weights_gives_zero_losses():
     trained, task, windows = distilled_of("sentence", "logits", "hidden", "attention", "minilm", pairs=((0, 0), (1, 1)))
     trained.student.load_state_dict(
         {name: t for name, t in trained.teacher.state_dict().items() if name in trained.student.state_dict()}
@@ -49,14 +49,14 @@ def test_a_teacher_with_the_same_weights_has_nothing_to_teach():
     found = dict(zip(trained.recipe.weights, losses_of(trained, task, windows, divisor)[1:], strict=True))
     assert found["hidden"] < 1e-12
     assert found["attention"] < 1e-12
-    assert found["logits"] > 1e-3, "the teacher has a layer more"
+    assert found["logits"] > 1e-3, "the teacher has one more layer"
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("kind", ["scores", "relations"])
 @pytest.mark.parametrize("most", [1, 40, 10**9])
-def test_long_sequences_go_in_blocks_of_queries(kind, most, monkeypatch):
-    """The same sums and gradients, and in memory no more scores than a block may have."""
+def test_long_sequences_are_computed_in_blocks_of_queries(kind, most, monkeypatch):
+    """Sums and gradients are the same, and no tensor has more scores than a block may have."""
     lengths, head_count = [9, 1, 0, 17], 2
     monkeypatch.setattr(losses, "BLOCK_SCORES", most)
     a, b, u, v = (torch.randn(27, head_count, 3, dtype=torch.float64) for _ in range(4))
@@ -93,8 +93,8 @@ def test_long_sequences_go_in_blocks_of_queries(kind, most, monkeypatch):
 
 @pytest.mark.once
 @pytest.mark.parametrize("rows", [1, 5, 100])
-def test_words_go_in_blocks_of_rows(rows, monkeypatch):
-    """Gradients of hidden states, of the table and of the bias, with an upstream gradient."""
+def test_words_are_computed_in_blocks_of_rows(rows, monkeypatch):
+    """Gradients of the hidden states, the table and the bias, for an upstream gradient."""
     monkeypatch.setattr(losses, "BLOCK_LOGITS", rows * 11)
     h, weight, bias, u, w, c = (
         torch.randn(*shape, dtype=torch.float64) for shape in ((12, 4), (11, 4), (11,), (12, 6), (11, 6), (11,))
@@ -113,7 +113,7 @@ def test_words_go_in_blocks_of_rows(rows, monkeypatch):
 
 
 @pytest.mark.once
-def test_heads_that_differ_are_not_compared():
+def test_different_numbers_of_heads_are_refused():
     a, b = torch.randn(5, 2, 4), torch.randn(5, 3, 4)
     with pytest.raises(ValueError, match="the student compares 2 heads, the teacher 3"):
         losses.pairwise(a, a, (b, b), [5], "scores")
@@ -159,7 +159,7 @@ def test_pairs_of_some_layers():
         ("", "skip, last, first, or numbers of layers"),
     ],
 )
-def test_layers_that_are_not_there(given, says):
+def test_invalid_layers_are_refused(given, says):
     with pytest.raises(InputError, match=f"^--layers .*{says}"):
         layer_pairs(given, "--layers", 3, 6)
 

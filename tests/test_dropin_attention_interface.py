@@ -1,4 +1,4 @@
-"""`attn_implementation="fastbert"` in models that no table knows."""
+"""`attn_implementation="fastbert"` in models that are not in the table of families."""
 
 import ast
 import inspect
@@ -11,7 +11,7 @@ import fastbert
 from fastbert.dropin.attention_interface import BY_SDPA, HARMLESS, PACKED, REFUSED, attention_forward
 from fastbert.testing import assert_within_budget
 
-transformers = pytest.importorskip("transformers", reason="whose interface it is")
+transformers = pytest.importorskip("transformers", reason="tests its interface")
 sdpa = pytest.importorskip("transformers.integrations.sdpa_attention").sdpa_attention_forward
 
 SIZES = {
@@ -20,7 +20,7 @@ SIZES = {
 }  # fmt: skip
 MODELS = {
     "encoder": ("Ernie", {}),
-    "decoder": ("Llama", {"num_key_value_heads": 2}),  # causal, and two query heads to a key head
+    "decoder": ("Llama", {"num_key_value_heads": 2}),  # causal, with two query heads for each key head
     "sliding_window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 4}),
 }
 RIGHT = (torch.arange(9) < torch.tensor([9, 4, 2])[:, None]).long()
@@ -46,7 +46,7 @@ def model_of(name: str, implementation: str) -> torch.nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_no_table(name, mask):
     fastbert.register_attention()
-    # in float64 transformers' eager attention gives NaN where padding sees nothing through its window, sdpa does not
+    # in float64, transformers' eager attention is NaN where padding sees no token in its window; sdpa is not
     ours, plain, truth = model_of(name, "fastbert"), model_of(name, "eager"), model_of(name, "sdpa").double()
     assert ours.config._attn_implementation == "fastbert"
     ids = torch.randint(1, 60, (3, 9))
@@ -57,7 +57,7 @@ def test_models_of_no_table(name, mask):
 
 
 def test_generation_with_a_cache():
-    """One query against many keys, then a causal block of both."""
+    """One query and many keys, then a causal block of several queries and keys."""
     fastbert.register_attention()
     ours, plain = model_of("decoder", "fastbert"), model_of("decoder", "eager")
     ids = torch.randint(1, 60, (2, 6))
@@ -89,11 +89,11 @@ FULL, PADDED = torch.ones(3, 9, dtype=torch.long), RIGHT
 
 @pytest.mark.parametrize("mask", [None, FULL, PADDED], ids=["no_mask", "full", "padded"])
 @pytest.mark.parametrize("prefix", ["Splinter", "ClapText", "AlignText", "MarkupLM"])
-def test_layers_that_do_not_say_whether_they_are_causal_are_refused(prefix, mask):
-    """The attention of these has no `is_causal`, and an interface takes a module without one for causal.
+def test_attention_without_is_causal_is_refused(prefix, mask):
+    """The attention of these models has no `is_causal`, and transformers' interface treats that as causal.
 
-    transformers offers no sdpa for them. Ours took them, and every batch without padding came out causal, 1.3 to 1.6
-    away from the truth: the mask of a full batch is None, and then nothing says that a token may look to its right.
+    transformers has no sdpa for these models. Ours ran them, and every batch without padding was causal, 1.3 to 1.6
+    away from the truth: the mask of a full batch is None, and nothing else says that a token may see later ones.
     """
     fastbert.register_attention()
     model = small(prefix)
@@ -102,7 +102,7 @@ def test_layers_that_do_not_say_whether_they_are_causal_are_refused(prefix, mask
 
 
 def test_sdpa_without_is_causal_is_causal_here_too():
-    """A layer without the attribute whose model allows sdpa: transformers takes it for causal, and so do we."""
+    """If the model allows sdpa, transformers treats attention without the attribute as causal, and so do we."""
     fastbert.register_attention()
     module = transformers.models.layoutlm.modeling_layoutlm.LayoutLMSelfAttention(
         transformers.LayoutLMConfig(**SIZES)
@@ -114,7 +114,7 @@ def test_sdpa_without_is_causal_is_causal_here_too():
 
 
 def test_attention_sinks_are_refused():
-    """GptOss gives every head a sink, a score that joins the softmax and has no value: without it all rows differ."""
+    """GptOss gives every head a sink: a score in the softmax that has no value. Without sinks all rows differ."""
     fastbert.register_attention()
     model = small("GptOss", num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, head_dim=8)
     with pytest.raises(ValueError, match=r"GptOssAttention passes s_aux.*sinks.*eager"):
@@ -128,7 +128,7 @@ def test_a_soft_cap_is_refused():
 
 
 def test_sparse_indices_are_refused():
-    """DeepseekV32 writes its choice of keys into the mask for "eager" and "sdpa" alone; all others get `indices`."""
+    """DeepseekV32 puts its choice of keys into the mask only for "eager" and "sdpa"; other functions get `indices`."""
     fastbert.register_attention()
     model = small(
         "DeepseekV32", num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=1, moe_intermediate_size=16,
@@ -139,7 +139,7 @@ def test_sparse_indices_are_refused():
         model(torch.randint(1, 60, (3, 9)))
 
 
-def test_probabilities_and_names_that_nobody_knows_are_refused():
+def test_probabilities_and_unknown_arguments_are_refused():
     module, (q, k, v) = torch.nn.Linear(1, 1), torch.randn(3, 2, 4, 6, 8)
     for name in ("output_attentions", "temperature"):
         with pytest.raises(ValueError, match=f"Linear passes {name}"):
@@ -148,7 +148,7 @@ def test_probabilities_and_names_that_nobody_knows_are_refused():
 
 
 def test_packed_sequences_need_a_mask():
-    """Lengths for flash attention say that a row holds several sequences; without a mask these would see each other."""
+    """Flash attention's lengths mean that a row holds several sequences; without a mask they would see each other."""
     module, (q, k, v) = torch.nn.Linear(1, 1), torch.randn(3, 1, 4, 6, 8)
     lengths = torch.tensor([0, 2, 6], dtype=torch.int32)
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
@@ -160,7 +160,7 @@ def test_packed_sequences_need_a_mask():
 
 
 def test_a_position_bias_is_added():
-    """T5 gives its distances beside the mask; transformers' sdpa adds them."""
+    """T5 passes its distances beside the mask; transformers' sdpa adds them."""
     fastbert.register_attention()
     ids, more = torch.randint(1, 60, (3, 9)), {"d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 48, "num_layers": 2}
     for mask in (None, PADDED):
@@ -173,8 +173,8 @@ def test_a_position_bias_is_added():
         assert_within_budget(ours[real], plain[real], truth[real])
 
 
-def test_every_argument_of_every_model_is_accounted_for():
-    """The keyword arguments that transformers' own files write in a call of their attention function."""
+def test_every_argument_of_every_model_is_known():
+    """The keyword arguments with which transformers' own models call their attention function."""
     folder = Path(transformers.__file__).parent / "models"
     passed = {}
     for file in sorted(folder.glob("*/modeling_*.py")):

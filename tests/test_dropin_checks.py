@@ -1,5 +1,5 @@
-"""Changes inside an accelerated encoder: each check of the drop-in against a change that it is there for, after which
-the numbers are those of the original with the same change."""
+"""Changes inside an accelerated encoder, one for each check of the drop-in: afterwards the results equal those of the
+original with the same change."""
 
 import copy
 from collections import OrderedDict
@@ -11,7 +11,7 @@ import torch.nn as nn
 import fastbert
 from dropin_changes import MASK, accelerated, assert_same, batch_of, hook_that_edits, plain_model
 
-transformers = pytest.importorskip("transformers", reason="whose models are changed here")
+transformers = pytest.importorskip("transformers", reason="its models are changed here")
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore")]
 
 modeling = transformers.models.bert.modeling_bert
@@ -48,7 +48,7 @@ def other_child(model):
 
 
 def one_more_layer(model):
-    """Walked past without a word where all layers run in one call, until the lists of children were compared."""
+    """The single call for all layers ignored it, until the lists of children were compared."""
     model.encoder.layer.append(copy.deepcopy(model.encoder.layer[0]))
 
 
@@ -58,7 +58,7 @@ def layers_in_another_order(model):
 
 
 def names_in_another_order(model):
-    """The same children in the same order, under each other's names."""
+    """The same children in the same order, with their names exchanged."""
     children = model.encoder.layer[0].attention.self._modules
     query, key, *rest = children.items()
     children.clear()
@@ -83,7 +83,7 @@ def buffer(model):
 
 
 def buffer_through_data(model):
-    """torch counts no such change."""
+    """torch's version counter does not see such a change."""
     model.embeddings.position_ids.data += 3
 
 
@@ -92,14 +92,14 @@ def other_buffer(model):
 
 
 def wider_heads(model):
-    """The description of a layer kept the width that a head had when the model was looked at."""
+    """A layer's description kept the head width of the first look at the model."""
     for layer in model.encoder.layer:
         attention = layer.attention.self
         attention.num_attention_heads, attention.attention_head_size, attention.scaling = 1, 32, 32**-0.5
 
 
 def function_of_an_activation(model):
-    """transformers' GELU calls whatever lies in its `act`."""
+    """transformers' GELU calls whatever its `act` is."""
     model.encoder.layer[1].intermediate.intermediate_act_fn.act = torch.tanh
 
 
@@ -108,17 +108,17 @@ class Backwards(nn.ModuleList):
         return reversed([*super().__iter__()])
 
 
-def list_of_somebodys_own(model):
+def list_of_another_class(model):
     model.encoder.layer = Backwards(model.encoder.layer)
 
 
 def hook_written_in(model):
-    """Not by `register_forward_hook`, which counts the handles that it gives out."""
+    """Written without `register_forward_hook`, which counts the handles that it returns."""
     model.encoder.layer[0].attention.self.query._forward_hooks[-1] = lambda module, given, y: y * 2
 
 
 def hook_in_another_dictionary(model):
-    """An empty dictionary takes all hooks of a module away at once; hooks that came into it later were not seen."""
+    """A new, empty dictionary removes all hooks of a module; hooks that were added to it later were not seen."""
     model.encoder.layer[0].attention.self.query._forward_hooks = OrderedDict()
     model.encoder.layer[0].attention.self.query.register_forward_hook(lambda module, given, y: y * 2)
 
@@ -141,7 +141,7 @@ CHANGES = [
     of_instance, other_method_of_instance, of_subclass, other_child, one_more_layer, layers_in_another_order,
     names_in_another_order, other_activation, dropout_that_stays, scale, buffer, hook_that_edits, hook_written_in,
     hook_in_another_dictionary, children_in_another_dictionary, causal, buffer_through_data, other_buffer, wider_heads,
-    function_of_an_activation, list_of_somebodys_own,
+    function_of_an_activation, list_of_another_class,
 ]  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_a_changed_encoder_gives_the_changed_numbers(change, called):
 
 @pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
 def test_a_dropout_that_drops_everything(called):
-    """torch takes a probability of 1, whose 1 / (1 - p) the operators cannot have: ValueError in training."""
+    """torch allows a probability of 1, where our operators' 1 / (1 - p) does not exist: training raised."""
     plain = plain_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     ours = accelerated(plain)
     if called:
@@ -173,7 +173,7 @@ def test_a_dropout_that_drops_everything(called):
 
 
 def test_an_activation_that_is_changed_in_place():
-    """Its name was kept from the first look at the model, and its attribute was not watched."""
+    """The activation's name was kept from the first look at the model, and its attribute was not checked again."""
     plain = plain_model()
     for layer in plain.encoder.layer:
         layer.intermediate.intermediate_act_fn = nn.GELU()
@@ -187,7 +187,7 @@ def test_an_activation_that_is_changed_in_place():
 
 
 class LayerDrop(nn.ModuleList):
-    """Leaves layers out at random in training, each time the list is iterated, as fairseq's list does."""
+    """Leaves out layers at random in training, each time that the list is iterated, as fairseq's list does."""
 
     def __iter__(self):
         for layer, drawn in zip(super().__iter__(), torch.rand(len(self)), strict=True):
@@ -197,8 +197,8 @@ class LayerDrop(nn.ModuleList):
 
 @pytest.mark.parametrize("called", [False, True], ids=["before", "after_a_call"])
 def test_layers_left_out_at_random(called):
-    """The list was iterated over more than once a call, so that other layers ran than were described, and torch's
-    generator went on further than in the original."""
+    """fastbert iterated the list more than once in a call, so other layers ran than were described, and torch's
+    generator advanced further than in the original."""
     plain = plain_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     ours = accelerated(plain) if called else copy.deepcopy(plain)
     if called:
@@ -221,7 +221,7 @@ def test_layers_left_out_at_random(called):
 
 
 def test_a_scripted_module_within_an_encoder_is_called():
-    """Its table of children is no dictionary: SystemError in the second call."""
+    """The children of a scripted module are not in a dictionary: the second call raised SystemError."""
     plain = plain_model()
     part = plain.encoder.layer[1].intermediate
     part.dense = torch.jit.script(nn.Sequential(part.dense, nn.Tanh()))

@@ -11,7 +11,7 @@ import torch.nn as nn
 import fastbert
 from dropin_changes import MASK, SIZES, accelerated, assert_same, batch_of, hook_that_edits, plain_model
 
-transformers = pytest.importorskip("transformers", reason="whose models are changed here")
+transformers = pytest.importorskip("transformers", reason="its models are changed here")
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore")]
 
 modeling = transformers.models.bert.modeling_bert
@@ -29,7 +29,7 @@ modeling = transformers.models.bert.modeling_bert
     ids=["of_a_layer", "of_torch", "function", "attention"],
 )
 def test_code_that_is_replaced_for_all_models_runs(where, name, called, monkeypatch):
-    """Libraries of kernels and of profiling change classes and functions, not models."""
+    """Libraries for kernels and for profiling change classes and functions, not models."""
     plain = plain_model()
     ours, before, original = accelerated(plain), plain(**batch_of())[0], getattr(where, name)
     if called:
@@ -46,8 +46,8 @@ def louder_attention(*given, **named):
 
 @pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
 @pytest.mark.parametrize("how", ["asked_for_by_name", "in_place_of_sdpa"])
-def test_attention_that_is_somebodys_own_runs(how, called, monkeypatch):
-    """transformers' table of attention functions is there to be written to, under new names and under its own."""
+def test_an_attention_function_of_the_user_runs(how, called, monkeypatch):
+    """Users may write to transformers' table of attention functions, under new names and under existing ones."""
     functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
     plain = plain_model()
     ours, before = accelerated(plain), plain(**batch_of())[0]
@@ -64,8 +64,8 @@ def test_attention_that_is_somebodys_own_runs(how, called, monkeypatch):
     assert "is not transformers' own" in str(fastbert.explain(ours))
 
 
-def test_attention_of_a_name_that_nobody_has_is_the_originals_error():
-    """A name in the config that transformers' table does not hold: transformers raises, and must go on to."""
+def test_an_unknown_attention_name_raises_as_in_transformers():
+    """For a name that is not in its table transformers raises an error, and so must an accelerated model."""
     plain = plain_model()
     ours = accelerated(plain)
     assert_same(ours, plain)
@@ -78,8 +78,8 @@ def test_attention_of_a_name_that_nobody_has_is_the_originals_error():
     assert "its attention is of_nobody" in str(fastbert.explain(ours))
 
 
-def test_listeners_see_what_the_original_shows_them():
-    """A hook on one module, and one on all: shapes, order and number of calls are the original's."""
+def test_hooks_see_what_they_see_in_the_original():
+    """A hook on one module, and one on all modules: shapes, order and number of calls are the original's."""
     plain = plain_model()
     ours = accelerated(plain)
     assert_same(ours, plain)
@@ -106,7 +106,7 @@ def test_listeners_see_what_the_original_shows_them():
 @pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
 @pytest.mark.parametrize("written", [False, True], ids=["registered", "written_in"])
 def test_a_backward_hook_changes_gradients(called, written):
-    """Only looked for with gradients, because it is never called without them."""
+    """These hooks are only called with gradients, so they are only looked for with gradients."""
     plain = plain_model()
     ours = accelerated(plain)
     if called:
@@ -139,7 +139,7 @@ def test_a_backward_hook_changes_gradients(called, written):
 )
 @pytest.mark.parametrize("of", ["the_config", "another_config", "its_class"])
 def test_a_config_that_changes_after_a_call(name, value, reason, of, monkeypatch):
-    """What the config says is kept from the close look on, as long as nobody writes to it, or puts another in place."""
+    """What the config says is remembered until somebody writes to the config or replaces it."""
     ours = accelerated(plain_model(attn_implementation="eager"))
     given = ours.forward.named((), batch_of())
     assert ours.forward.why_not(given)[0] is None
@@ -155,11 +155,11 @@ def test_a_config_that_changes_after_a_call(name, value, reason, of, monkeypatch
 
 
 class Marked(torch.Tensor):
-    """As libraries that follow tensors through a program have them."""
+    """A subclass, as libraries use it that follow tensors through a program."""
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
-def test_a_subclass_of_tensor_is_the_originals(name):
+def test_a_subclass_of_tensor_runs_the_originals_code(name):
     plain = plain_model()
     ours, batch = accelerated(plain), batch_of()
     batch[name] = batch[name].as_subclass(Marked)
@@ -172,7 +172,7 @@ def test_a_subclass_of_tensor_is_the_originals(name):
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
 def test_our_own_model_takes_a_subclass_of_tensor(name):
-    """The C++ operators read addresses, which a subclass need not have: they raised, without gradients."""
+    """The C++ operators read addresses, which a subclass may lack: they raised in inference."""
     model, batch = fastbert.BertModel(fastbert.BertConfig(**SIZES), impl="native").eval(), batch_of()
     with torch.no_grad():
         want = model(**batch)[0]
@@ -180,7 +180,7 @@ def test_our_own_model_takes_a_subclass_of_tensor(name):
     torch.testing.assert_close(got.as_subclass(torch.Tensor), want, atol=1e-5, rtol=1e-4)
 
 
-def test_as_many_tokens_as_the_position_table_holds_now():
+def test_the_length_limit_follows_the_position_table():
     ours = accelerated(plain_model())
     given = {"input_ids": torch.ones(1, 41, dtype=torch.int64)}
     assert "position table" in ours.forward.why_not(given)[0]
@@ -216,7 +216,7 @@ def save_pretrained(model, folder):
     ids=["deepcopy", "pickle", "torch.save", "save_pretrained"],
 )  # fmt: skip
 def test_copies_of_an_accelerated_model(copied, padding, called, tmp_path):
-    """A copy has weights and checks of its own, and pads as the model did; a folder holds the plain model."""
+    """A copy has its own weights and checks, and the model's padding mode. A saved folder holds the plain model."""
     plain = plain_model("ForTokenClassification")
     ours = accelerated(plain, padding)
     if called:

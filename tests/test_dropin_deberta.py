@@ -1,5 +1,5 @@
-"""DeBERTa's second and third version, accelerated: beside themselves, float64 as truth. What all families are asked is
-in test_dropin_families.py."""
+"""DeBERTa's second and third version, accelerated, compared with the originals and float64. test_dropin_families.py has
+the tests that are the same for all families."""
 
 import copy
 import warnings
@@ -14,7 +14,7 @@ from fastbert.dropin import distances
 from fastbert.dropin.families import FAMILIES
 from fastbert.testing import assert_within_budget
 
-transformers = pytest.importorskip("transformers", minversion="5.24", reason="this row is of it")
+transformers = pytest.importorskip("transformers", minversion="5.24", reason="its DeBERTa is accelerated")
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -51,7 +51,7 @@ def batch_of(mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """Which of the two operators ran."""
+    """The names of the operators that ran, of the two."""
     found = []
     for name in ("disentangled_attention", "disentangled_attention_padded"):
         right = getattr(F, name)
@@ -64,7 +64,7 @@ def calls(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed(kind, dtype, calls):
-    """Without padding, in texts of many lengths: values, hidden states, and every gradient."""
+    """Without padding, in texts of many lengths: values, hidden states and every gradient."""
     models = ours, plain, truth = three(build(**KINDS[kind]), dtype)
     batch = batch_of(MASKS["right"])
     real = batch["attention_mask"].bool()
@@ -79,8 +79,8 @@ def test_packed(kind, dtype, calls):
 
 @pytest.mark.once
 @pytest.mark.parametrize("mask", ["right", "left", "holes", "none"])
-def test_every_row_where_it_is_read(mask, calls):
-    """Padding that is read sees all columns alike, and takes its embedding from zero."""
+def test_padding_that_is_read(mask, calls):
+    """Padding that is read attends to all columns alike, and has zeros for embeddings."""
     models = three(build(**VERSION_2), padding="exact")
     batch = batch_of(MASKS[mask])
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_every_row_where_it_is_read(mask, calls):
 @pytest.mark.parametrize("width", [3, 9, 40, 130])
 @pytest.mark.parametrize(("buckets", "farthest"), [(-1, 40), (8, 40), (256, 512), (8, 512)])
 def test_the_row_of_a_distance_is_the_originals(buckets, farthest, width):
-    """As the original's own code finds it, for content to position and for position to content."""
+    """The rows that the original's code finds, for content to position and for position to content."""
     from transformers.models.deberta_v2 import modeling_deberta_v2 as original
 
     like = torch.empty(1, width, 8)
@@ -104,7 +104,7 @@ def test_the_row_of_a_distance_is_the_originals(buckets, farthest, width):
     lut, first, last = distances._reachable(buckets, farthest, width, torch.device("cpu"))
     mine = lut[rows[:, None] - rows + width - 1] + first
     assert torch.equal(mine.long(), (places + span).clamp(0, 2 * span - 1))
-    # the original gathers this by (key, query) and turns the result
+    # the original gathers these by (key, query) and transposes the result
     assert torch.equal(mine.long(), (-places + span).clamp(0, 2 * span - 1).T)
     assert (lut.min(), lut.max()) == (0, last - first)
 
@@ -130,7 +130,7 @@ def test_heads(head):
 
 @pytest.mark.once
 def test_dropout_of_the_table():
-    """It alone is on: two passes differ, and evaluation draws nothing."""
+    """Only this dropout is on: two passes differ, and evaluation draws no random numbers."""
     model = build(**VERSION_3)
     for layer in model.encoder.layer:
         layer.attention.self.pos_dropout.p = 0.4
@@ -171,22 +171,22 @@ def test_checkpointing_gives_the_same_gradients():
     ],
     ids=["convolution", "embeddings_of_another_width", "no_distances", "no_term"],
 )
-def test_what_is_refused_by_name(settings, why):
+def test_unsupported_settings_are_refused_by_name(settings, why):
     with pytest.warns(UserWarning, match="replaced nothing"):
         model = fastbert.accelerate(build(**VERSION_3 | settings))
     assert why in str(fastbert.explain(model))
 
 
 @pytest.mark.once
-def test_what_changes_later_is_noticed():
-    """z_steps, and what a layer says of its terms."""
+def test_later_changes_are_noticed():
+    """Changes of z_steps, and of the terms of a layer."""
     ours, plain, _ = three(build(**VERSION_3))
     batch = batch_of(MASKS["right"])
     with torch.no_grad():
         before = ours(**batch).last_hidden_state
         for model in (ours, plain):
             model.z_steps = 2
-        # transformers 5.24's own code then appends to a tuple
+        # here transformers 5.24's own code appends to a tuple
         with pytest.warns(UserWarning, match="z_steps of 2"), pytest.raises(AttributeError, match="append"):
             ours(**batch)
         ours.z_steps = plain.z_steps = 0
@@ -201,7 +201,7 @@ def test_what_changes_later_is_noticed():
 
 @pytest.mark.once
 def test_the_first_version_is_left_alone():
-    """Its query, key and value are one product of another layout, and no row knows it."""
+    """It computes query, key and value in one product with another layout, which the table does not have."""
     assert "DebertaModel" not in FAMILIES
     config = transformers.DebertaConfig(**SIZES)
     with pytest.warns(UserWarning, match="replaced nothing"):

@@ -1,4 +1,4 @@
-"""Decoders that texts are embedded and reranked with, and T5: padding on the left, windows, the last token, caches."""
+"""Decoders that embed and rerank texts, and T5: padding on the left, windows, the last token, caches."""
 
 import copy
 import warnings
@@ -11,10 +11,10 @@ from dropin_models import MASKS, SIZES, T5, WIDTH, assert_gradients, exact, thre
 from fastbert.testing import assert_within_budget
 from test_dropin_families import assert_fused, batch_of, build
 
-transformers = pytest.importorskip("transformers", minversion="5.24", reason="these rows are of it")
+transformers = pytest.importorskip("transformers", minversion="5.24", reason="its decoders are accelerated")
 pytestmark = pytest.mark.once
 
-NARROW = {  # windows that leave out what a text of thirteen tokens has
+NARROW = {  # windows that do not cover a text of thirteen tokens
     "UltrabertModel": {"sliding_window": 3},
     "Gemma3TextModel": {"sliding_window": 6},
     "Qwen3Model": {"sliding_window": 4},
@@ -23,14 +23,14 @@ NARROW = {  # windows that leave out what a text of thirteen tokens has
 CAUSAL = ("Qwen3Model", "Qwen2Model", "MistralModel", "LlamaModel")
 
 
-# one that reads its first column computes all rows where padding is on the left, and some of them see no token
+# a model that reads its first column computes all rows when padding is on the left; some of these see no token
 SIDES = [(name, side) for name in (*NARROW, "Qwen2Model", "LlamaModel") for side in ("left", "right")]
 SIDES.remove(("UltrabertModel", "left"))
 
 
 @pytest.mark.parametrize(("name", "side"), SIDES)
 def test_every_token_with_windows_and_padding_on_either_side(name, side):
-    """Padding is left out; the original's rows there, which see no token, are compared with nothing."""
+    """Padding is left out. The original's rows there see no token, and are not compared."""
     models = ours, plain, truth = three(build(name, **NARROW.get(name, {})))
     mask = MASKS[side]
     batch = batch_of(name, plain, mask)
@@ -66,7 +66,7 @@ def test_later_tokens_change_nothing(name):
 
 
 def test_a_config_that_turns_causal_attention_off():
-    """config.is_causal = False makes bidirectional encoders of decoders without a window."""
+    """config.is_causal = False makes bidirectional encoders of decoders without windows."""
     models = three(build("Qwen2Model", is_causal=False))
     mask = MASKS["right"]
     batch = batch_of("Qwen2Model", models[1], mask)
@@ -84,7 +84,7 @@ def test_a_config_that_turns_causal_attention_off():
     [({"use_cache": True}, "it returns a cache"), ({"is_causal": False}, "is_causal was given")],
     ids=["use_cache", "is_causal"],
 )
-def test_calls_that_a_decoders_own_code_has(given, why):
+def test_calls_that_run_a_decoders_own_code(given, why):
     ours, plain, _ = three(build("Qwen2Model"))
     ids = torch.randint(5, 60, (2, WIDTH))
     with torch.no_grad(), pytest.warns(UserWarning, match=why):
@@ -123,7 +123,7 @@ def test_generate_and_its_cache_are_the_originals():
 
 
 def test_a_language_model_is_trained():
-    """Without a cache its steps are packed; what is above the encoder reads all rows."""
+    """Without a cache, training steps are packed. The layers above the encoder read all rows."""
     models = three(causal_lm(use_cache=False), padding="auto")
     mask = MASKS["right"]
     ids = torch.randint(5, 60, mask.shape)
@@ -136,7 +136,7 @@ def test_a_language_model_is_trained():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_reranker_reads_the_last_token(side):
-    """Nothing of padding is computed below a head that takes the last token, on whichever side padding is."""
+    """Below a head that takes the last token, no padding is computed, on whichever side it is."""
     models = three(build("Qwen3Model", head="ForSequenceClassification", num_labels=1), padding="auto")
     mask = MASKS[side]
     batch = batch_of("Qwen3Model", models[1], mask)
@@ -206,7 +206,7 @@ def test_hidden_states_beside_kept_logits():
 
 
 def test_layers_in_another_order_are_refused():
-    """config.layer_types says by a layer's place what window it has, and the layer's own number says another."""
+    """config.layer_types gives the window for a layer's place, but here the layer has another number."""
     model = build("Qwen3Model")
     model.layers = torch.nn.ModuleList([model.layers[1], model.layers[0]])
     with pytest.warns(UserWarning, match="replaced nothing"):
@@ -216,7 +216,7 @@ def test_layers_in_another_order_are_refused():
 
 @pytest.mark.parametrize("changed", [[1, 0], [1, 1]], ids=["exchanged", "all_with_a_window"])
 def test_layer_types_that_are_changed_in_place(changed):
-    """The list itself stayed the same object, so that the layers kept the windows that they had at the first look."""
+    """The list stayed the same object, so the layers kept the windows of the first look."""
     ours, plain, _ = three(build("Qwen3Model", sliding_window=3))
     ids = torch.randint(5, 60, (2, WIDTH))
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_a_window_in_a_config_that_turns_causal_attention_off_is_refused():
 
 
 def test_gemma_whose_config_was_changed_runs_its_own_code():
-    """It makes its masks by its config's word, where its layers keep the word that they were made with."""
+    """Its masks follow the config, but its layers keep the setting with which they were made."""
     ours, plain, _ = three(build("Gemma3TextModel"))
     batch = batch_of("Gemma3TextModel", plain, MASKS["right"])
     for model in (ours, plain):
@@ -252,8 +252,8 @@ def test_gemma_whose_config_was_changed_runs_its_own_code():
 # ---- T5 ----------------------------------------------------------------------------------------------------
 
 
-def test_of_t5_the_encoder_alone_is_packed():
-    """Its decoder, which has the encoder's class, runs its own code, and generates the same tokens."""
+def test_only_the_encoder_of_t5_is_packed():
+    """Its decoder has the encoder's class, runs its own code, and generates the same tokens."""
     torch.manual_seed(0)
     config = transformers.T5Config(
         vocab_size=60, d_model=32, num_layers=2, num_heads=4, d_kv=8, d_ff=48, decoder_start_token_id=0
@@ -275,7 +275,7 @@ def test_of_t5_the_encoder_alone_is_packed():
 
 @pytest.mark.parametrize("name", T5)
 def test_t5_refuses_a_cache_as_the_original(name):
-    """Only a decoder of T5 takes use_cache=True. An accelerated encoder returned its states without a word."""
+    """Only T5's decoder allows use_cache=True. An accelerated encoder returned its states without an error."""
     ours, plain, _ = three(build(name))
     ids = torch.randint(5, 60, (2, WIDTH))
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_t5_refuses_a_cache_as_the_original(name):
 
 
 @pytest.mark.parametrize("name", T5)
-def test_t5_in_float16_clamps_what_overflows(name):
+def test_t5_in_float16_clamps_overflow(name):
     ours, plain, _ = three(build(name), torch.float16)
     ids = torch.randint(5, 60, (2, WIDTH))
     with torch.no_grad(), pytest.warns(UserWarning, match="clamps values that overflow"):
@@ -300,7 +300,7 @@ def test_t5_in_float16_clamps_what_overflows(name):
 
 
 def test_t5_with_a_layer_in_float32():
-    """transformers keeps `wo` so where a checkpoint asks for it, and casts to it and back."""
+    """transformers keeps `wo` in float32 if a checkpoint asks for it, and casts to it and back."""
     ours, plain, _ = three(build("T5EncoderModel"), torch.bfloat16)
     for model in (ours, plain):
         for block in model.encoder.block:

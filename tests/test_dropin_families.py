@@ -1,7 +1,7 @@
-"""The encoders of transformers beyond those of test_dropin_transformers: each beside itself, float64 as truth.
+"""The encoders of transformers beyond those of test_dropin_transformers, compared with the originals and float64.
 
-One row of the table of families stands for each of them. The paths are the same for all, so each family is asked the
-few things in which rows differ: values and gradients with padding on either side, what is returned, heads, dropout.
+Each is one row of the table of families. The code is the same for all, so the tests cover the few things in which rows
+differ: values and gradients with padding on either side, outputs, heads, dropout.
 """
 
 import copy
@@ -16,15 +16,15 @@ from dropin_models import HEADS, MASKS, MODELS, RMS, SIZES, T5, TOWERS, WIDTH, a
 from fastbert.dropin.families import FAMILIES
 from fastbert.testing import assert_within_budget
 
-transformers = pytest.importorskip("transformers", minversion="5.24", reason="these rows are of it")
+transformers = pytest.importorskip("transformers", minversion="5.24", reason="these encoders are accelerated")
 pytestmark = pytest.mark.once
 
-FROM_PAD = {"pad_token_id": 1}  # positions count from it
-BART = {  # of the kind that has a decoder too
+FROM_PAD = {"pad_token_id": 1}  # the first position is after that of padding
+BART = {  # models with a decoder too
     "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "scale_embedding": True,
 }  # fmt: skip
 ESM = FROM_PAD | {"mask_token_id": 4, "position_embedding_type": "rotary"}
-# name of the encoder's class -> (of its config's, settings beyond SIZES)
+# class name of the encoder -> (class name of its config, settings beyond SIZES)
 OTHERS = {
     "DebertaV2Model": (
         "DebertaV2Config",
@@ -70,7 +70,7 @@ OTHERS = {
     **TOWERS,
     **{f"{name}Encoder": (f"{name}Config", BART) for name in ("Bart", "MBart", "PLBart")},
 }  # fmt: skip
-# heads of those whose heads read them as BERT's do, or take the last token
+# families whose heads read what BERT's heads do, or the last token
 WITH_HEADS = (
     "DebertaV2", "Ernie", "Data2VecText", "RemBert", "MegatronBert", "XLMRobertaXL", "RobertaPreLayerNorm", "EuroBert",
     "Ultrabert", "Esmc", "ModernBertDecoder", "Gemma3Text", "Gemma", "Qwen3", "Qwen2", "Mistral", "Llama",
@@ -103,7 +103,7 @@ def class_of(name: str) -> type:
 
 def build(name: str, head: str | None = None, dropout: float = 0.0, **more) -> torch.nn.Module:
     kind, settings = OTHERS[name]
-    # in eager attention those of the structure of Llama take their softmax in float32, whatever the model's dtype
+    # models with Llama's structure compute eager attention's softmax in float32, whatever their dtype
     attention = "sdpa" if name in RMS else "eager"
     config = getattr(transformers, kind)(**{**SIZES, "attn_implementation": attention, **settings, **more})
     for probability in DROPOUTS:
@@ -118,10 +118,10 @@ def build(name: str, head: str | None = None, dropout: float = 0.0, **more) -> t
 
 
 def batch_of(name: str, model: torch.nn.Module, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """With every input that the encoder's embeddings take."""
+    """A batch with every input that the encoder's embeddings take."""
     ids = torch.randint(5, 60, (4, WIDTH))
     if name == "EsmModel":
-        ids[:, 1] = model.config.mask_token_id  # the embeddings of the others are scaled by how many there are
+        ids[:, 1] = model.config.mask_token_id  # ESM scales the other embeddings by the number of masked tokens
     batch = {"input_ids": ids}
     if mask is not None:
         batch = {"input_ids": torch.where(mask, ids, model.config.pad_token_id), "attention_mask": mask.long()}
@@ -139,7 +139,7 @@ def batch_of(name: str, model: torch.nn.Module, mask: torch.Tensor | None) -> di
 
 
 def assert_fused(model: torch.nn.Module) -> None:
-    """Every call so far ran packed, and none the original's code."""
+    """Every call so far ran packed, and none ran the original's code."""
     report = fastbert.explain(model)
     assert report.replaced, report
     assert not any("ran its own code" in why or "runs its own code" in why for why in report.left.values()), report
@@ -153,7 +153,7 @@ def test_every_family_of_the_table_is_tested():
     }
 
 
-# a row of each kind in bfloat16
+# one row of each kind in bfloat16
 KINDS = (
     "DebertaV2Model", "ErnieModel", "RemBertModel", "MegatronBertModel", "NomicBertModel", "GteModel", "EsmModel",
     "LayoutLMModel", "EuroBertModel", "EsmcModel", "T5EncoderModel", "UMT5EncoderModel",
@@ -165,7 +165,7 @@ RUNS += [(name, side, torch.bfloat16) for name in (*DECODERS, *TOWERS) for side 
 
 @pytest.mark.parametrize(("name", "mask", "dtype"), RUNS, ids=lambda value: str(value).removeprefix("torch."))
 def test_values_and_gradients(name, mask, dtype):
-    """Every tensor that is returned, at padding too, and the gradient of every parameter."""
+    """Every returned tensor, at padding too, and the gradient of every parameter."""
     models = ours, plain, truth = three(build(name), dtype, padding="exact")
     batch = batch_of(name, plain, MASKS[mask])
     outputs = [model(**batch, output_hidden_states=True) for model in models]
@@ -183,8 +183,8 @@ def test_values_and_gradients(name, mask, dtype):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_without_a_mask_as_a_tuple_and_with_nothing_but_ids(name):
-    """What stands for an argument that is not given is the original's own."""
+def test_ids_alone_and_a_tuple_as_output(name):
+    """Arguments that are not given have the original's defaults."""
     ours, plain, truth = three(build(name), padding="exact")
     ids = batch_of(name, plain, None)["input_ids"]
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_without_a_mask_as_a_tuple_and_with_nothing_but_ids(name):
 
 @pytest.mark.parametrize("family", WITH_HEADS)
 def test_heads_read_no_padding(family):
-    """Losses with padding left out: each head of these families reads what BERT's of the same name reads."""
+    """Losses that leave out padding: each head reads what BERT's head of the same name reads."""
     mask = MASKS["right"]
     for head in (*HEADS, "ForPreTraining", "ForNextSentencePrediction"):
         if not hasattr(transformers, family + head):
@@ -211,7 +211,7 @@ def test_heads_read_no_padding(family):
             batch = {k: v if k == "labels" else v.view(2, 2, WIDTH) for k, v in batch.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # some heads clamp the positions that they are given in place
+            # some heads clamp given positions in place
             losses = [model(**{k: v.clone() for k, v in batch.items()}).loss for model in models]
         for loss in losses[:2]:
             torch.testing.assert_close(loss.double(), losses[2].double(), rtol=1e-5, atol=1e-5, msg=head)
@@ -222,7 +222,7 @@ def test_heads_read_no_padding(family):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_dropout_is_drawn_in_training_and_only_there(name):
-    """Two passes in training differ, the mean of many is near the pass without dropout; evaluation draws nothing."""
+    """Two passes in training differ; the mean of many is near that without dropout. Evaluation draws nothing."""
     model = fastbert.accelerate(build(name, dropout=0.1), impl="native", padding="exact")
     batch = batch_of(name, model, MASKS["right"])
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_dropout_is_drawn_in_training_and_only_there(name):
     assert not torch.equal(drawn[0], drawn[1])
     spread = drawn.std(0).mean()
     assert spread > 0.01
-    assert (drawn.mean(0) - kept).abs().mean() < spread  # of twelve the mean's own error is 0.29 of it
+    assert (drawn.mean(0) - kept).abs().mean() < spread  # the mean of twelve has an error of 0.29 of the spread
     assert_fused(model)
 
 
@@ -251,8 +251,8 @@ def test_copies_and_restore(name):
         assert torch.equal(restored, plain(**batch).last_hidden_state)
 
 
-def test_esm_takes_inputs_embeds_as_they_are():
-    """They go past its embeddings in the original: past their LayerNorm, and past their zeros at padding."""
+def test_esm_does_not_change_inputs_embeds():
+    """In the original they skip the embeddings' LayerNorm, and the zeros for padding."""
     models = three(build("EsmModel", emb_layer_norm_before=True), padding="exact")
     mask = MASKS["right"].long()
     embeds = torch.randn(*mask.shape, SIZES["hidden_size"])
@@ -279,7 +279,7 @@ def test_esm_with_a_table_of_positions(side):
 
 
 def test_tapas_with_other_types():
-    """Its config says how many kinds of token types there are; zeros stand for as many where none are given."""
+    """Its config gives the number of token types. Without token types, zeros stand for as many."""
     ours, plain, truth = three(build("TapasModel", type_vocab_sizes=[3, 4] * 4), padding="exact")
     ids = batch_of("TapasModel", plain, None)["input_ids"]
     with torch.no_grad():
@@ -299,14 +299,14 @@ def test_tapas_with_other_types():
     ],
     ids=["ernie_with_tasks", "esm_with_distances", "a_decoder"],
 )
-def test_what_a_row_does_not_know_is_refused(name, settings, why):
+def test_unsupported_settings_are_refused(name, settings, why):
     with pytest.warns(UserWarning, match="replaced nothing"):
         model = fastbert.accelerate(build(name, **settings))
     assert why in str(fastbert.explain(model))
 
 
 def test_layers_that_the_config_leaves_out_do_not_run():
-    """Nomic BERT, GTE and Jina's third run the first `num_hidden_layers` of their layers, which may be set later."""
+    """Nomic BERT, GTE and Jina v3 run the first `num_hidden_layers` of their layers; the number may be set later."""
     ours, plain, _ = three(build("NomicBertModel"), padding="exact")
     batch = batch_of("NomicBertModel", plain, MASKS["right"])
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_pictures_beside_text_run_the_originals_code():
 
 
 def test_gte_without_token_types():
-    """gte-base-en-v1.5 has no table of them, and None in its place."""
+    """gte-base-en-v1.5 has None in place of the table of token types."""
     ours, plain, truth = three(build("GteModel", type_vocab_size=0), padding="exact")
     batch = batch_of("GteModel", plain, MASKS["right"])
     with torch.no_grad():

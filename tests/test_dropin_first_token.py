@@ -1,4 +1,4 @@
-"""Below heads of transformers that read the first column, the last layer computes first tokens alone: same numbers."""
+"""Below heads that read the first column, the last layer computes only first tokens, with the same results."""
 
 import copy
 
@@ -9,19 +9,19 @@ import fastbert
 from fastbert.dropin import layer as dropin_layer
 from fastbert.testing import TINY, relative_rms
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 
 SIZES = {"vocab_size": 60, "max_position_embeddings": 40, "num_labels": 3, "attn_implementation": "eager"}
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-# a class with this head -> the settings of its config: what lies between the first token and the loss differs
+# class with this head -> settings of its config; what comes between the first token and the loss differs
 CLASSIFIERS = {
-    "Bert": BERT,  # a pooler in the encoder
-    "Roberta": BERT | {"pad_token_id": 1},  # the head takes the column
+    "Bert": BERT,  # the encoder has the pooler
+    "Roberta": BERT | {"pad_token_id": 1},  # the head takes the column itself
     "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
-    "Albert": BERT | {"embedding_size": 16},  # one layer runs twice, whole and then for first tokens
+    "Albert": BERT | {"embedding_size": 16},  # one layer runs twice: for all tokens, then for first tokens
     "ModernBert": BERT | {"pad_token_id": 0, "attn_implementation": "sdpa"},  # pre-norm: computes every token
 }
-KEY_BIASES = ("key.bias", "k_lin.bias")  # their gradient is zero but for rounding
+KEY_BIASES = ("key.bias", "k_lin.bias")  # their gradient is zero except for rounding
 MASK = torch.arange(9) < torch.tensor([9, 4, 4, 1])[:, None]
 FULL = torch.ones_like(MASK)
 
@@ -51,7 +51,7 @@ def batch_of(model: torch.nn.Module, mask: torch.Tensor = MASK) -> dict[str, tor
 
 @pytest.fixture
 def walks(monkeypatch) -> list[str]:
-    """Which way each layer has gone."""
+    """The way that each layer has run."""
     gone = []
 
     def follow(name: str) -> None:
@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_the_originals(name, walks):
 
 
 def test_dropout_draws_the_masks_of_the_whole_layer(walks):
-    """A hook on the encoder sees every token, so there the whole layer runs: from one seed both give one result."""
+    """A hook on the encoder needs every token, so the whole layer runs; with one seed both ways agree."""
     model = fastbert.accelerate(build("Bert", dropout=0.3), impl="native").train()
     batch, found = batch_of(model), []
     for hooked in (False, True):
@@ -105,7 +105,7 @@ def states(model, batch):
 
 
 def states_by_the_encoders_config(model, batch):
-    """The head's own config, another object here, does not ask for them."""
+    """The head has another config object, which does not ask for them."""
     model.bert.config = copy.deepcopy(model.config)
     model.bert.config.output_hidden_states = True
     assert model(**batch).hidden_states[-1].shape == (4, 9, 32)
@@ -126,7 +126,7 @@ def hook_on_the_encoder(model, batch):
 
 
 def own_head(model, batch):
-    """Somebody's own classifier may look at anything, and so may their own forward."""
+    """A user's classifier may read anything, and so may a forward of the user's."""
 
     class Summed(type(model)):
         def forward(self, input_ids, attention_mask, labels):
@@ -151,8 +151,8 @@ CALLS = [states, states_by_the_encoders_config, hook_on_the_pooler, hook_on_the_
 @pytest.mark.parametrize(
     ("call", "mask"), [*((call, FULL) for call in CALLS), (states, MASK), (first_column_masked, MASK)]
 )
-def test_every_token_is_computed_where_somebody_may_read_it(call, mask, walks):
-    """Also in a batch without padding, where nothing else distinguishes these calls from others."""
+def test_every_token_is_computed_if_it_may_be_read(call, mask, walks):
+    """Also without padding, where only the way of the call makes the difference."""
     model = fastbert.accelerate(build("Bert"), impl="native").train()
     call(model, batch_of(model, mask))
     assert walks

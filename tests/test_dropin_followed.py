@@ -1,4 +1,4 @@
-"""Whoever follows each step of a call sees the original's steps: the fused code has fewer, and others."""
+"""Modes, hooks and tracers that follow each step of a call get the original's steps; the fused code has others."""
 
 import copy
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 
 pytestmark = pytest.mark.native
 SIZES = {
@@ -29,7 +29,7 @@ class Operators(TorchDispatchMode):
 
 class Functions(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.functional":  # not a look at a tensor's shape
+        if getattr(function, "__module__", None) == "torch.nn.functional":  # not a query of a tensor's shape
             self.seen.append(function.__name__)
         return function(*args, **kwargs or {})
 
@@ -91,7 +91,7 @@ FOLLOWERS = {
 
 @pytest.mark.parametrize(("follow", "reason"), FOLLOWERS.values(), ids=FOLLOWERS)
 def test_a_call_that_is_followed_is_the_originals(follow, reason):
-    """The hook is set before the first call, or after a call without it; the reason is given."""
+    """The hook is set before the first call, or after a call without it. A warning gives the reason."""
     config = transformers.BertConfig(**SIZES, attn_implementation="eager")
     model = transformers.BertModel(config).eval()
     ours = fastbert.accelerate(copy.deepcopy(model), impl="native", padding="zero")

@@ -1,5 +1,5 @@
-"""Replays of recorded launches. Without a GPU a recording runs its function again over the same static buffers, so
-everything but the device's own part is tested: buckets, filling, what is kept, what is dropped and what is refused."""
+"""Replays of recorded launches. Without a GPU a replay calls the recorded function again on the same static buffers, so
+all except the device's part is tested: buckets, filling, what is kept, dropped and refused."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from fastbert.inference.graphs import TOKENS, bucket_of, most_tokens
 from fastbert.models.bert import BertModel
 from fastbert.packing import PackedBatch
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 pytestmark = pytest.mark.native
 
 
@@ -41,7 +41,7 @@ def test_bucket_of(tokens, sequences, expected):
     [(1024, 4096), (768, 4096), (767, 4096), (512, 8192), (384, 16384), (256, 32768), (32, 65536)],
 )
 def test_narrow_models_have_larger_buckets(width, expected):
-    """By the square of the width, as the work of a token grows; no bucket is larger than a batch of `Encoder`."""
+    """By the square of the width, as the work for a token grows. No bucket is larger than a batch of `Encoder`."""
     assert most_tokens(width) == expected
     assert bucket_of(expected, 1, expected) == (expected, 1)
     assert bucket_of(expected + 1, 1, expected) is None
@@ -58,7 +58,7 @@ def test_the_largest_bucket_is_that_of_the_width():
     assert copy.deepcopy(graphs).most == 16
 
 
-def test_a_third_of_a_bucket_at_most_is_filled_up():
+def test_at_most_a_third_of_a_bucket_is_filling():
     for below, size in itertools.pairwise(TOKENS):
         assert (size - below - 1) / size < 1 / 3
 
@@ -66,7 +66,7 @@ def test_a_third_of_a_bucket_at_most_is_filled_up():
 # ---- the numbers -----------------------------------------------------------------------------------------
 
 
-# three batches of one bucket (48 tokens, 4 sequences): large, small, and one of full length; then another bucket
+# three batches of one bucket (48 tokens, 4 sequences): large, small, one of full length; then another bucket
 LENGTHS = [(20, 17, 9), (11, 1, 23, 2), (12, 12, 12), (5,)]
 
 
@@ -81,8 +81,8 @@ def test_batches_of_one_bucket_share_a_recording(name):
 
 
 @pytest.mark.parametrize("name", ["BertModel", "ModernBertModel"])
-def test_the_same_bits_as_without(name):
-    """Within `batch_invariant()`, where bits do not depend on how many rows a product has."""
+def test_the_same_bits_as_without_graphs(name):
+    """Within `batch_invariant()`, where bits do not depend on the number of rows in a product."""
     ours, plain, _ = pair(name)
     with fastbert.batch_invariant(), torch.no_grad():
         for lengths in LENGTHS:
@@ -90,8 +90,8 @@ def test_the_same_bits_as_without(name):
             assert torch.equal(ours(**batch).last_hidden_state, plain(**batch).last_hidden_state)
 
 
-def test_nothing_of_the_batch_before_is_left():
-    """The same bits from a recording that ran larger batches, from a poisoned one and from a fresh one."""
+def test_results_do_not_depend_on_earlier_batches():
+    """A recording that ran larger batches, one with poisoned buffers and a fresh one give the same bits."""
     ours, _, graphs = pair()
     fresh, small = copy.deepcopy(ours), batch_of(11, 1, 23)
     with torch.no_grad():
@@ -114,8 +114,8 @@ def test_an_output_is_not_overwritten_by_the_next_call():
     assert torch.equal(output, kept)
 
 
-def test_what_fills_a_bucket_may_be_longer_than_the_position_table():
-    """385 tokens in a bucket of 512: the 127 that fill it are one sequence, and MPNet's bias must cover that too."""
+def test_the_filling_of_a_bucket_may_be_longer_than_the_position_table():
+    """385 tokens in a bucket of 512: the filling is one sequence of 127 tokens, which MPNet's bias must cover too."""
     ours, plain, graphs = pair("MPNetModel")
     assert_same(ours, plain, batch_of(*[60] * 6, 25, types=False, pad=1))
     (recording,) = graphs._recordings.values()
@@ -146,8 +146,8 @@ def test_kinds_of_batches(variant):
     assert set(graphs.calls) == {"replayed"}
 
 
-def test_layers_taken_away_before():
-    """A slice of an nn.ModuleList is in training mode, whatever the list was; it computes nothing."""
+def test_layers_removed_before():
+    """A slice of an nn.ModuleList is in training mode, whatever the list's mode; this changes no result."""
     model = build(num_hidden_layers=3)
     model.encoder.layer = model.encoder.layer[:2]
     assert model.encoder.layer.training
@@ -199,7 +199,7 @@ def test_own_model():
     assert ours.use_cuda_graphs(False).graphs is None
 
 
-def test_the_encoder_does_so_by_itself_where_launches_are_recorded(tmp_path, monkeypatch):
+def test_encoder_replays_by_itself_where_launches_can_be_recorded(tmp_path, monkeypatch):
     BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
@@ -231,7 +231,7 @@ def test_the_encoder_does_so_by_itself_where_launches_are_recorded(tmp_path, mon
 
 @pytest.mark.triton
 def test_through_the_kernels():
-    """Under the interpreter: the list of tiles is made within the recording, of cu_seqlens in its buffer."""
+    """Under the interpreter. The recording itself makes the list of tiles, from the cu_seqlens in its buffer."""
     model = BertModel(BertConfig(**{**SIZES, "num_hidden_layers": 1}), impl="triton").eval()
     ours = copy.deepcopy(model).use_cuda_graphs()
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_on_a_gpu(name, dtype):
                 a, b = ours(**batch).last_hidden_state, plain(**batch).last_hidden_state
             torch.cuda.synchronize()
             torch.testing.assert_close(a, b, **tolerance)
-        if turn == 1:  # recordings of the old parameters would show
+        if turn == 1:  # a stale recording of the old parameters would show here
             with torch.no_grad():
                 for m in (ours, plain):
                     for p in m.parameters():

@@ -1,4 +1,4 @@
-"""What makes replayed launches be recorded anew, or be left out: changed models, and calls that run as without."""
+"""What makes fastbert record launches again, or run without a recording: changed models and unusual calls."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ def recorder(monkeypatch):
 
 
 def _in_place(model):
-    model.encoder.layer[0].attention.self.query.weight.data.mul_(1.5)  # is part of a joined weight
+    model.encoder.layer[0].attention.self.query.weight.data.mul_(1.5)  # part of a joined weight
     model.encoder.layer[0].attention.self.query.weight.add_(0.1)
 
 
@@ -72,7 +72,7 @@ def test_a_changed_model_is_recorded_anew(change):
 
 
 def test_an_activation_that_is_a_function_is_recorded_anew():
-    """Neither a module nor a tensor, so a recording of one was replayed after another came in its place."""
+    """It is neither a module nor a tensor, so the recording of one function was replayed after another replaced it."""
     ours, plain, graphs = pair()
     batch = batch_of(11, 4)
     for recorded, function in enumerate((nn.functional.gelu, nn.functional.relu), 1):
@@ -113,10 +113,10 @@ def test_switches_have_recordings_of_their_own():
     assert graphs.recorded == 3
 
 
-def test_the_recording_unused_for_longest_goes():
+def test_the_least_recently_used_recording_is_dropped():
     ours, plain, _ = pair()
     graphs = ours.forward.graphs = Graphs(torch.device("cpu"), limit=2)
-    for length in (10, 20, 10, 40):  # the one for 20 goes
+    for length in (10, 20, 10, 40):  # the recording for 20 is dropped
         assert_same(ours, plain, batch_of(length))
     assert len(graphs) == 2
     assert graphs.recorded == 3
@@ -147,7 +147,7 @@ def test_two_threads(recorder, monkeypatch):
     def slowly(self, function):
         replay, output = record(self, function)
 
-        def replay_slowly():  # long enough for the other threads to come in
+        def replay_slowly():  # long enough for the other threads to arrive
             time.sleep(1e-3)
             replay()
             time.sleep(1e-3)
@@ -176,7 +176,7 @@ def test_two_threads(recorder, monkeypatch):
     assert not wrong
 
 
-# ---- what runs as without --------------------------------------------------------------------------------
+# ---- what runs without a recording -----------------------------------------------------------------------
 
 
 def _hook(model):
@@ -209,7 +209,7 @@ WITHOUT = {
 
 @pytest.mark.parametrize(("more", "change", "reason"), WITHOUT.values(), ids=WITHOUT.keys())
 @pytest.mark.filterwarnings("error", "ignore:.*has a hook")
-def test_runs_as_without_and_explain_says_why(more, change, reason):
+def test_runs_without_a_recording_and_explain_says_why(more, change, reason):
     ours, plain, graphs = pair(hidden_dropout_prob=0.0)
     ids = torch.randint(5, 60, (2, 6))
     for model in (ours, plain):
@@ -223,7 +223,7 @@ def test_runs_as_without_and_explain_says_why(more, change, reason):
 
 
 def test_rotary_tables_that_depend_on_the_batch():
-    """A recording has its tables of one width; those of dynamic scaling are others beyond the original's maximum."""
+    """A recording has rotary tables of one width; with dynamic scaling they change beyond the original's maximum."""
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     ours, plain, graphs = pair("JinaEmbeddingsV3Model", max_position_embeddings=16, rope_parameters=scaling)
     for width in (12, 24):
@@ -249,9 +249,9 @@ def test_embeddings_gradients_and_training():
 
 
 @pytest.mark.filterwarnings("ignore:.*has a hook")
-def test_hooks_put_in_after_the_recording_are_heard():
+def test_hooks_added_after_the_recording_are_called():
     ours, plain, graphs = pair()
-    batch = batch_of(7, 7)  # a hook gets the original's output at padding
+    batch = batch_of(7, 7)  # a hook gets the original's values at padding
     assert_same(ours, plain, batch)
     heard = []
     handle = ours.encoder.layer[1].output.dense.register_forward_hook(lambda *_: heard.append(1))
@@ -275,14 +275,14 @@ def test_dropout_turned_on_after_the_recording_drops():
     assert graphs.calls == {"replayed": 2, "a module is in training mode": 1}
 
 
-def test_what_the_original_does_it_still_does():
+def test_calls_that_run_the_originals_code_are_not_recorded():
     ours, _, graphs = pair()
     with pytest.warns(UserWarning, match="output_attentions was given"), torch.no_grad():
         assert ours(**batch_of(5), output_attentions=True).attentions is not None
     assert graphs.calls == {"output_attentions was given": 1}
 
 
-def test_a_failure_to_record_is_said_once_and_goes_on_without(recorder):
+def test_a_failed_recording_warns_once_and_runs_without(recorder):
     ours, plain, graphs = pair()
     recorder.error = "operation not permitted when stream is capturing\nand more"
     with pytest.warns(UserWarning, match="recording failed: operation not permitted"):
@@ -330,7 +330,7 @@ def test_other_implementations_are_refused(recorder, monkeypatch):
         fastbert.accelerate(build(), impl="native", cuda_graphs=True)
 
 
-def test_restore_takes_the_recordings_away():
+def test_restore_removes_the_recordings():
     ours, _, _ = pair()
     fastbert.restore(ours)
     assert "forward" not in ours.__dict__

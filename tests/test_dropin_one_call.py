@@ -10,7 +10,7 @@ import fastbert.inference.weights
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import assert_within_budget
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 pytestmark = pytest.mark.cpp
 
 FAMILIES = {
@@ -18,7 +18,7 @@ FAMILIES = {
     "roberta": {"pad_token_id": 1},
     "electra": {"embedding_size": 24},
     "distilbert": {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4},
-    "albert": {"embedding_size": 24},  # gelu_new, which is gelu_tanh
+    "albert": {"embedding_size": 24},  # gelu_new, our gelu_tanh
     "relu": {"hidden_act": "relu"},
 }
 REAL = torch.arange(9) < torch.tensor([9, 4, 7])[:, None]
@@ -41,7 +41,7 @@ def batch(model) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list:
-    """One entry for each call of the C++ through a stack of layers."""
+    """A list with an entry for each C++ call that runs a stack of layers."""
     made, right = [], cpp.encoder_layers
 
     def counted(*args):
@@ -106,8 +106,8 @@ def dropping(model):
 
 @pytest.mark.filterwarnings("ignore:.*fastbert leaves this call")
 @pytest.mark.parametrize("change", [hook, hook_inside, own_linear, own_forward, other_eps, no_bias, dropping])
-def test_whoever_stands_between_the_layers_is_asked(change, calls):
-    """Changed after the model was accelerated, and after a call went through."""
+def test_code_between_the_layers_runs(change, calls):
+    """The model is changed after it was accelerated and called."""
     plain = build()
     ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
     infer(ours)
@@ -122,7 +122,7 @@ def test_whoever_stands_between_the_layers_is_asked(change, calls):
 
 
 @pytest.mark.skipif(fastbert.inference.eight_bits.why_not() is not None, reason="no 8-bit products here")
-def test_8_bit_weights_are_multiplied_as_such(calls):
+def test_8_bit_weights_are_multiplied_in_8_bits(calls):
     ours = fastbert.accelerate(build(), impl="native")
     int8(ours)
     infer(ours)
@@ -140,8 +140,8 @@ def test_calls_that_ask_for_more_go_layer_by_layer(calls):
     assert not calls
 
 
-def test_weights_are_read_where_they_lie(calls):
-    """No copy is kept, so a change by any means is seen."""
+def test_no_copy_of_the_weights_is_kept(calls):
+    """So a change by any means takes effect."""
     plain = build()
     ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
     before = infer(ours).last_hidden_state

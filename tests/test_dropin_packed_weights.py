@@ -1,5 +1,4 @@
-"""An accelerated model on a CPU may multiply copies of its weights in inference; no change of a weight may be
-missed."""
+"""In inference on a CPU, an accelerated model may multiply copies of its weights; it must notice all changes."""
 
 import copy
 import gc
@@ -16,7 +15,7 @@ from fastbert.testing import assert_within_budget
 
 pytestmark = pytest.mark.native
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 
 FAMILIES = {
     "bert": {"hidden_size": 32, "intermediate_size": 48},
@@ -38,13 +37,13 @@ def build(family: str = "bert", **more):
 
 @pytest.fixture(autouse=True)
 def _tiles(monkeypatch):
-    """As on a CPU whose vendor library has instructions that our products have not."""
+    """As on a CPU whose vendor library has instructions that our products lack."""
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: False)
     monkeypatch.setattr(cpp, "LINEAR_ROWS", cpp.LINEAR_ROWS_LAID_OUT)
 
 
 def packed(model) -> int:
-    """Weights of the layers of which there is a copy."""
+    """The number of the layers' weights that have a copy."""
     names = ("query", "key", "value", "dense", "ffn", "lin", "W", "mlp")
     weights = [p for name, p in model.named_parameters() if p.dim() == 2 and any(word in name for word in names)]
     return sum(layouts._marked[w].packed is not None for w in weights if w in layouts._marked)
@@ -64,7 +63,7 @@ def test_the_same_states_from_copies(family, dtype):
     ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
     real = BATCH["attention_mask"].bool()
     first = infer(ours)
-    assert packed(ours) >= 3  # in a layer: attention's output, and both weights of the feed-forward block
+    assert packed(ours) >= 3  # in each layer: attention's output and both weights of the feed-forward block
     assert_within_budget(first[real], infer(plain)[real], truth[real])
     assert torch.equal(infer(ours), first)
     assert list(ours.state_dict()) == list(keys)
@@ -103,7 +102,7 @@ def step(model, ours):
 
 
 def average(model, ours):
-    """As averages of weights are put in for an evaluation: `.data` is what torch does not count."""
+    """As averaged weights are swapped in for an evaluation, through `.data`, which torch does not count."""
     for p in ours.parameters():
         p.data.copy_(p.data * 0.5)
 
@@ -126,8 +125,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changed_weights_are_what_counts(change):
-    """Joined q, k, v were once kept over a change through `.data`: an evaluation on averaged weights mixed the two."""
+def test_changed_weights_take_effect(change):
+    """Joined q, k, v weights were kept after a change through `.data`, so an evaluation mixed old and new."""
     ours = fastbert.accelerate(build(), impl="native")
     before = infer(ours)
     change(None, ours)
@@ -137,7 +136,7 @@ def test_changed_weights_are_what_counts(change):
     bound = {"atol": 0.1, "rtol": 0.1} if ours.dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-4}
     torch.testing.assert_close(after, infer(plain)[real].float(), **bound)
     if change not in (CHANGES["another dtype"], CHANGES["there and back"]):
-        assert (after - before[real]).abs().max() > 1e-2  # or this test shows nothing
+        assert (after - before[real]).abs().max() > 1e-2  # otherwise this test shows nothing
 
 
 def test_own_model_notices_averages_too():
@@ -153,7 +152,7 @@ def test_own_model_notices_averages_too():
     assert (infer(model) - before).abs().max() > 1e-2
 
 
-def test_adapters_and_listeners_are_called():
+def test_adapters_and_hooks_are_called():
     model = build()
     heard = []
     model.encoder.layer[0].attention.output.dense.register_forward_hook(lambda *_: heard.append(1))
@@ -164,7 +163,7 @@ def test_adapters_and_listeners_are_called():
     assert model.encoder.layer[0].attention.output.dense.weight not in layouts._marked
 
 
-def test_copies_go_with_the_model():
+def test_copies_are_freed_with_the_model():
     gc.collect()
     before = len(layouts._marked)
     model = fastbert.accelerate(build(), impl="native")
@@ -181,8 +180,8 @@ def test_copies_go_with_the_model():
 @pytest.mark.parametrize("heads", [4, 1], ids=["even", "odd_width"])
 @pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "our_products"])
 def test_one_element_written_through_data_counts(kind, dtype, heads, tiles, monkeypatch):
-    """Of a joined weight of query, key and value, and of weights laid out for the vendor library, 64 bytes were
-    compared before a copy was used again: a head or a neuron set to zero through `.data` was ignored without a word."""
+    """Before a copy was reused, only 64 bytes of a weight were compared (joined weights, and weights laid out for the
+    vendor library): a head or neuron set to zero through `.data` had no effect, without an error."""
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: not tiles)
     sizes = {"hidden_size": 32, "intermediate_size": 48} if heads == 4 else {"hidden_size": 33, "intermediate_size": 67}
     model = build(num_attention_heads=heads, **sizes).to(dtype)
@@ -200,7 +199,7 @@ def test_one_element_written_through_data_counts(kind, dtype, heads, tiles, monk
             kept = parameter.data.view(-1)[place].item()
             parameter.data.view(-1)[place] = 100.0 if "weight" in name else 20.0
             fresh = copy.deepcopy(model)
-            if ".key.bias" not in name:  # which softmax leaves out
+            if ".key.bias" not in name:  # key biases do not change a softmax
                 assert not torch.equal(infer(model), before), name
             assert torch.equal(infer(model), infer(fresh)), name
             parameter.data.view(-1)[place] = kept
@@ -222,7 +221,7 @@ def test_any_change_of_a_weight_changes_its_sums():
                 assert not torch.equal(layouts.sums_of(weight.roll(1, 1)), sums)
 
 
-def test_a_promise_is_kept_and_not_forgotten():
+def test_prepack_marks_weights_before_and_after_accelerate():
     model = build()
     fastbert.layers.prepack(model)
     fastbert.accelerate(model, impl="native")

@@ -1,4 +1,4 @@
-"""Which positions of a padded batch an accelerated model computes: those that are read, and the rest hold zeros."""
+"""Which positions of a padded batch an accelerated model computes: those that are read; the rest is zero."""
 
 import copy
 
@@ -25,8 +25,8 @@ def test_modes_of_padding():
 
 
 @pytest.mark.parametrize("given", ["other_tokens", "embeddings"])
-def test_a_masked_position_that_holds_something_is_computed(given):
-    """Late interaction scores masked tokens; with embeddings as input, values where the mask is 0 are unknown."""
+def test_masked_positions_with_content_are_computed(given):
+    """Late interaction scores masked tokens; with embeddings as input, the values at masked positions are unknown."""
     plain = plain_model()
     ours, batch = accelerated(plain), batch_of()
     if given == "other_tokens":
@@ -38,7 +38,7 @@ def test_a_masked_position_that_holds_something_is_computed(given):
 
 
 def test_the_first_column_is_computed_and_an_empty_sequence_is_the_originals():
-    """Poolers read the first column of left-padded batches, and rows of no token are means of all values there."""
+    """Poolers read the first column of left-padded batches. Rows without a token are means of all values."""
     plain = plain_model()
     ours = accelerated(plain)
     left = batch_of(MASK.flip(1))
@@ -89,7 +89,7 @@ def test_heads_get_the_rows_that_they_read(name, called):
 
 
 def counting(loss):
-    """The same loss, for which a label of -100 is one like another."""
+    """The same loss, but -100 is a label like any other."""
     return lambda *given, **named: loss(*given[:-1], given[-1].clamp(min=0), **named)
 
 
@@ -98,7 +98,7 @@ def counting(loss):
     ("where", "name"), [(nn.CrossEntropyLoss, "forward"), (nn.functional, "cross_entropy")], ids=["class", "function"]
 )
 def test_a_loss_that_was_replaced_reads_every_row(where, name, called, monkeypatch):
-    """Rows whose label is -100 came back as zeros from the encoder, and a loss that counts them had another value."""
+    """The encoder returned zeros for rows whose label is -100, so a loss that counts these had another value."""
     plain = plain_model("ForTokenClassification")
     ours, batch = accelerated(plain), batch_of() | {"labels": torch.where(MASK, 1, -100)}
     before = plain(**batch).loss
@@ -112,8 +112,8 @@ def test_a_loss_that_was_replaced_reads_every_row(where, name, called, monkeypat
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
-def test_a_loss_function_that_a_model_is_given_reads_every_row(called):
-    """transformers' models have a property for it, which those of newer families call."""
+def test_a_loss_function_set_on_a_model_reads_every_row(called):
+    """transformers' models have such a property, which newer families call."""
     model = build("modernbert", "ForMaskedLM", local_attention=32)
     if not hasattr(type(model), "loss_function"):
         pytest.skip("this transformers has no loss_function")

@@ -10,7 +10,7 @@ import fastbert
 from fastbert.dropin.forward import Forward
 from fastbert.testing import assert_within_budget, relative_rms
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 
 pytestmark = pytest.mark.native
 
@@ -35,7 +35,7 @@ def batch_of() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def replicate(monkeypatch):
-    """torch's `replicate`, with copies on this device in place of a broadcast to two GPUs."""
+    """torch's `replicate`, with copies on this device instead of a broadcast to two GPUs."""
     module = importlib.import_module("torch.nn.parallel.replicate")
     monkeypatch.setattr(module, "_get_device_index", lambda device, optional: device)
 
@@ -47,13 +47,13 @@ def replicate(monkeypatch):
 
 
 def test_replicas_run_their_own_weights(replicate):
-    """torch copies a module's `__dict__`: a `forward` in it that held the first module would run that one's weights."""
+    """torch copies a module's `__dict__`: a `forward` in it would stay bound to the first module's weights."""
     ours = fastbert.accelerate(build(), impl="native")
     replicas = replicate(ours, [0, 1])
     for replica in replicas:
         mine = {id(m) for m in replica.modules()}
         forwards = [m.__dict__["forward"] for m in replica.modules() if "forward" in m.__dict__]
-        assert len(forwards) == 4  # the head, the encoder, two layers
+        assert len(forwards) == 4  # of the head, the encoder and two layers
         assert all(isinstance(f, Forward) and id(f.module) in mine for f in forwards)
     batch = batch_of()
     expected = ours(**batch).logits
@@ -77,7 +77,7 @@ def test_gradients_flow_from_replicas(replicate):
     assert_within_budget(*grads, name="all gradients")
 
 
-def test_restore_takes_away_everything():
+def test_restore_removes_everything():
     model = build()
     before = [set(m.__dict__) for m in model.modules()]
     fastbert.restore(fastbert.accelerate(model, impl="native"))
@@ -88,8 +88,8 @@ def test_restore_takes_away_everything():
 
 
 def with_lora(model: torch.nn.Module, targets: tuple[str, ...]) -> torch.nn.Module:
-    peft = pytest.importorskip("peft", reason="what makes the adapters")
-    torch.manual_seed(1)  # one set of adapters for each
+    peft = pytest.importorskip("peft", reason="makes the adapters")
+    torch.manual_seed(1)  # the same adapters for each
     config = peft.LoraConfig(r=4, target_modules=list(targets), task_type="SEQ_CLS", init_lora_weights=False)
     return peft.get_peft_model(model, config)
 
@@ -97,7 +97,7 @@ def with_lora(model: torch.nn.Module, targets: tuple[str, ...]) -> torch.nn.Modu
 @pytest.mark.parametrize("targets", [("query", "value"), ("query", "key", "value", "dense")], ids=["some", "all"])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_lora_adapters(order, targets):
-    """Accelerated before or after PEFT: outputs, gradients and what is merged in the end."""
+    """Accelerated before or after PEFT: outputs, gradients, and the merged model."""
     base, batch = build(), batch_of()
     plain = with_lora(copy.deepcopy(base), targets).eval()
     if order == "before":
@@ -127,8 +127,8 @@ def test_lora_adapters(order, targets):
 
 
 def test_adapter_through_the_model_itself(monkeypatch):
-    peft = pytest.importorskip("peft", reason="what makes the adapters")
-    # transformers 5.24 asks for a PEFT that is not published yet; what it calls is in the one before as well
+    peft = pytest.importorskip("peft", reason="makes the adapters")
+    # transformers 5.24 asks for a PEFT version that is not published; the one before has what it calls
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.14.0")
     plain, batch = build().eval(), batch_of()
     ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
@@ -146,7 +146,7 @@ def test_adapter_through_the_model_itself(monkeypatch):
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**126], ids=["finite", "overflows"])
 def test_gradient_scaler(scale):
-    """GradScaler steps where gradients are finite, and skips the step and halves its scale where they are not."""
+    """GradScaler makes a step if gradients are finite; otherwise it skips the step and halves its scale."""
     plain, batch = build(), batch_of()
     ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
     after = []

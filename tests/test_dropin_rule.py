@@ -1,4 +1,4 @@
-"""The rule of the drop-in: the original's numbers on everything that is returned and heard, or the original's code."""
+"""The rule of the drop-in: all outputs and all that hooks see equal the original's, or the original's code runs."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 import fastbert
 from fastbert.testing import assert_within_budget
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 
 pytestmark = pytest.mark.native
 SIZES = {
@@ -30,7 +30,7 @@ def state(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_exact_padding_is_the_originals():
-    """A module of the user's above the encoder (BiLSTM, convolution, unmasked mean) reads rows that were zeros."""
+    """A user's module above the encoder (BiLSTM, convolution, unmasked mean) read zeros at padding."""
     model = plain()
     exact = fastbert.accelerate(copy.deepcopy(model), impl="native", padding="exact")
     torch.testing.assert_close(state(exact), state(model), atol=1e-5, rtol=1e-4)
@@ -51,8 +51,8 @@ class Louder(transformers.models.bert.modeling_bert.BertSelfOutput):
         return super().forward(hidden_states, input_tensor) * 2
 
 
-def test_somebodys_own_output_layer_runs():
-    """A subclass in place of a module that the fused code walks past was ignored in silence."""
+def test_a_users_output_layer_runs():
+    """The fused code does not call this module; a subclass in its place was ignored without a word."""
     model = plain()
     ours = fastbert.accelerate(copy.deepcopy(model), impl="native")
     for m in (model, ours):
@@ -63,7 +63,7 @@ def test_somebodys_own_output_layer_runs():
 
 
 def test_a_layer_that_is_causal_runs_its_own_code():
-    """Without a mask transformers' sdpa attends to the left alone where a layer says so; with one it never does."""
+    """Without a mask, transformers' sdpa is causal if a layer says so; with a mask it never is."""
     model = plain(attn_implementation="sdpa")
     ours = fastbert.accelerate(copy.deepcopy(model), impl="native")
     ids = torch.arange(5, 32).view(3, 9)
@@ -79,8 +79,8 @@ def test_a_layer_that_is_causal_runs_its_own_code():
 
 @pytest.mark.filterwarnings("ignore")
 def test_tables_that_a_look_up_changes_run_their_own_code():
-    """With max_norm every look-up writes to the table; with scale_grad_by_freq a gradient counts how often an id came.
-    The fused code reads rows and adds up gradients, no more."""
+    """With max_norm every look-up writes to the table; with scale_grad_by_freq gradients depend on how often an id
+    occurs. The fused code only reads rows and adds up gradients."""
     for setting, value in {"max_norm": 0.5, "scale_grad_by_freq": True}.items():
         model = plain()
         ours = fastbert.accelerate(copy.deepcopy(model), impl="native", padding="exact")
@@ -96,7 +96,7 @@ def test_tables_that_a_look_up_changes_run_their_own_code():
 
 
 def test_no_dropout_draws_nothing():
-    """In training with every dropout at 0 a number was drawn from torch's generator; the original leaves it alone."""
+    """In training with every dropout at 0, a number was drawn from torch's generator; the original draws none."""
     model = plain(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     fastbert.accelerate(model, impl="native", padding="zero")
     before = torch.get_rng_state()
@@ -105,7 +105,7 @@ def test_no_dropout_draws_nothing():
 
 
 def test_hidden_states_have_gradients():
-    """They were copies beside the way to the loss."""
+    """They were copies that were not on the path to the loss."""
     model = fastbert.accelerate(plain(), impl="native", padding="exact")
     output = model(IDS, attention_mask=MASK.long(), output_hidden_states=True)
     grads = torch.autograd.grad(output.pooler_output.sum(), output.hidden_states)
@@ -113,15 +113,16 @@ def test_hidden_states_have_gradients():
 
 
 def test_a_penalty_on_gradients_is_the_originals():
-    """In evaluation mode gradients with create_graph=True were 30% off (in training mode other code ran, and a test of
-    that alone was green): LayerNorm's backward pass counted the way through its first input in the second one's."""
+    """In evaluation mode, gradients with create_graph=True were 30% off: LayerNorm's backward pass counted the path
+    through its first input in the gradient of the second one too. In training mode other code runs, so a test of that
+    mode alone passed."""
     model = plain(attn_implementation="eager")
     ours, truth = copy.deepcopy(model), copy.deepcopy(model).double()
     fastbert.accelerate(ours, impl="native", padding="exact")
     found = []
     for m in (ours, model, truth):
         weights, of_inputs = [layer.intermediate.dense.weight for layer in m.encoder.layer], []
-        # errors of eight inputs together: of one, plain torch's may be half of what it is in the mean, by chance
+        # errors of eight inputs together: for one input, plain torch's error may be half of its mean, by chance
         for shift in range(8):
             embeds = m.get_input_embeddings()(IDS + shift * MASK).detach().requires_grad_()
             output = m(inputs_embeds=embeds, attention_mask=MASK.long()).last_hidden_state
@@ -134,8 +135,8 @@ def test_a_penalty_on_gradients_is_the_originals():
 
 
 def test_many_gradients_in_one():
-    """jacobian(vectorize=True) and grad(is_grads_batched=True) hand a backward pass many upstream gradients in one
-    tensor without memory, and the C++ operators raised "Cannot access data pointer"."""
+    """jacobian(vectorize=True) and grad(is_grads_batched=True) pass many upstream gradients in one tensor without
+    memory, and the C++ operators raised "Cannot access data pointer"."""
     model = plain()
     ours, truth = copy.deepcopy(model), copy.deepcopy(model).double()
     fastbert.accelerate(ours, impl="native", padding="exact")
@@ -150,8 +151,8 @@ def test_many_gradients_in_one():
 
 
 def test_a_checkpointed_run_draws_the_same_masks():
-    """Gradient checkpointing hangs a hook on the table of words, and the dropout behind it then came from torch's
-    generator: a run with one seed had other losses with checkpointing than without."""
+    """Gradient checkpointing puts a hook on the word embeddings, and the dropout after them then used torch's
+    generator: with one seed, losses differed with and without checkpointing."""
     model = fastbert.accelerate(plain().train(), impl="native", padding="exact")
     found = []
     for checkpointed in (False, True):
@@ -167,7 +168,7 @@ def test_a_checkpointed_run_draws_the_same_masks():
 
 
 def test_a_norm_that_is_called_has_the_same_masks():
-    """A LayerNorm whose weight is computed anew, to the same numbers, changed the dropout before it."""
+    """A parametrised LayerNorm whose weight has the same numbers changed the masks of the dropout before it."""
     model = fastbert.accelerate(plain().train(), impl="native", padding="exact")
     found = []
     for parametrized in (False, True):
@@ -180,7 +181,7 @@ def test_a_norm_that_is_called_has_the_same_masks():
 
 @pytest.mark.parametrize("path", ["output.dense", "attention.self.query"])
 def test_a_sparse_weight(path):
-    """torch multiplies by a weight of compressed sparse rows, which cannot be asked whether it is contiguous."""
+    """torch can multiply by a weight in compressed sparse rows, but is_contiguous raises for it."""
     model = plain()
     ours = fastbert.accelerate(copy.deepcopy(model), impl="native", padding="exact")
     state(ours)

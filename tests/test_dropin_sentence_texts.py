@@ -1,4 +1,4 @@
-"""Which tokens accelerated models of sentence-transformers compute: batches, long texts, and the scores of pairs."""
+"""Which tokens accelerated models of sentence-transformers compute: batches, long texts, scores of pairs."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,14 +21,14 @@ from accelerated_sentences import (
 from fastbert.dropin import sentence
 from fastbert.text import batching
 
-pytest_plugins = ["accelerated_sentences"]  # its fixtures
+pytest_plugins = ["accelerated_sentences"]  # has the fixtures
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 
 # ---- what runs -------------------------------------------------------------------------------------------
 
 
-def test_batches_are_of_tokens_and_sorted_by_them(build, batches, monkeypatch):
+def test_batches_are_sorted_and_bounded_by_tokens(build, batches, monkeypatch):
     monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 200)
     model = fastbert.accelerate(build(), impl="native")
     model.encode(MANY)
@@ -42,8 +42,8 @@ def test_batches_are_of_tokens_and_sorted_by_them(build, batches, monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "pooling"), [("qwen3", "lasttoken"), ("qwen3", "mean"), ("t5", "mean")])
-def test_texts_padded_on_the_left_where_that_changes_nothing(build, batches, kind, pooling, monkeypatch):
-    """For models without a table of positions: batches are padded on the right, and sorted by number of tokens."""
+def test_left_padding_is_replaced_where_that_changes_nothing(build, batches, kind, pooling, monkeypatch):
+    """Without a table of positions, batches are padded on the right and sorted by number of tokens."""
     monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 200)
     model = build(kind, pooling=pooling)
     model.tokenizer.padding_side = "left"
@@ -60,7 +60,7 @@ def test_texts_padded_on_the_left_where_that_changes_nothing(build, batches, kin
 
 
 def test_a_small_batch_size_bounds_the_tokens(build, batches):
-    """Whoever asks for batches of two, for want of memory, gets no more tokens than two texts can have."""
+    """Users ask for batches of two texts to save memory: a batch then has no more tokens than two texts can have."""
     model = fastbert.accelerate(build(), impl="native")
     model.encode(MANY, batch_size=2)
     assert max(tokens for _, _, tokens in batches) <= 2 * 64
@@ -68,7 +68,7 @@ def test_a_small_batch_size_bounds_the_tokens(build, batches):
 
 
 def test_threads_change_nothing(build, two_threads, monkeypatch):
-    """Several batches at once: the same vectors, without a graph, and under the caller's autocast."""
+    """Several batches at once give the same vectors, without a graph, and under the caller's autocast."""
     monkeypatch.setitem(batching.TOKENS_PER_BATCH, "cpu", 140)
     model = fastbert.accelerate(build(), impl="native")
     together = model.encode(MANY, convert_to_tensor=True)
@@ -80,7 +80,7 @@ def test_threads_change_nothing(build, two_threads, monkeypatch):
     torch.testing.assert_close(model.encode(MANY, convert_to_tensor=True), together, atol=1e-5, rtol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         alone = model.encode(MANY, convert_to_tensor=True)
-    assert (alone - together).abs().max() > 1e-4  # it did compute in bfloat16
+    assert (alone - together).abs().max() > 1e-4  # it really computed in bfloat16
     torch.testing.assert_close(low, alone, atol=0.05, rtol=0.05)
 
 
@@ -120,8 +120,8 @@ INPUTS = {
 @pytest.mark.parametrize("options", [{}, {"prompt": "a query ab"}], ids=["alone", "prompt"])
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("longest", [64, 63, 20])
-def test_long_texts_are_cut_and_their_tokens_are_the_same(build, inputs, options, longest):
-    """With an even, an odd and a small number of kept tokens, only a beginning of the text reaches the tokenizer."""
+def test_long_texts_are_cut_without_changing_their_tokens(build, inputs, options, longest):
+    """For an even, an odd and a small number of kept tokens, the tokenizer gets only a beginning of the text."""
     model = build()
     model.max_seq_length = longest
     cut = sentence.cut(model, inputs, options)
@@ -129,7 +129,7 @@ def test_long_texts_are_cut_and_their_tokens_are_the_same(build, inputs, options
     if inputs is LONG:
         assert [len(a) < len(b) for a, b in zip(cut, inputs, strict=True)] == [True, True, True, True, False]
     else:
-        assert (cut != inputs) == (not options)  # a prompt makes the first of a pair longer, so pairs stay whole
+        assert (cut != inputs) == (not options)  # a prompt makes the first text of a pair longer, so pairs are not cut
     before, after = by_the_library(lambda: (model.preprocess(inputs, **options), model.preprocess(cut, **options)))
     for name in ("input_ids", "token_type_ids", "attention_mask"):
         assert torch.equal(after[name], before[name]), name
@@ -148,7 +148,7 @@ def test_encode_tokenises_beginnings(build, monkeypatch):
         return of_class(self, texts, *args, **kwargs)
 
     monkeypatch.setattr(cls, method, spied)
-    monkeypatch.setattr(sentence, "why_left", lambda model, kind: None)  # it would see the spy
+    monkeypatch.setattr(sentence, "why_left", lambda model, kind: None)  # it would notice the spy
     assert_same(quietly(lambda: model.encode(LONG)), before)
     assert sum(characters) < sum(map(len, LONG)) / 2
     characters.clear()
@@ -169,9 +169,10 @@ OTHER_SETTINGS = {
 
 
 @pytest.mark.parametrize("change", OTHER_SETTINGS.values(), ids=OTHER_SETTINGS)
-def test_texts_stay_whole_where_other_tokens_may_be_kept(build, change, monkeypatch):
+def test_texts_are_not_cut_if_other_tokens_may_be_kept(build, change, monkeypatch):
     model = build()
-    monkeypatch.setattr(type(model.tokenizer), "__module__", type(model.tokenizer).__module__)  # and back afterwards
+    # so that it is restored afterwards
+    monkeypatch.setattr(type(model.tokenizer), "__module__", type(model.tokenizer).__module__)
     assert sentence.cut(model, LONG, {}) != LONG
     assert sentence.cut(model, LONG, {"max_length": 70}) == LONG
     change(model)

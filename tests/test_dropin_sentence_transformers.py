@@ -1,4 +1,4 @@
-"""sentence-transformers on an accelerated model: the same vectors and scores, in the order they were asked for."""
+"""sentence-transformers on an accelerated model: the same vectors and scores, in the order of the inputs."""
 
 import copy
 
@@ -12,9 +12,9 @@ from fastbert.dropin import sentence
 from fastbert.testing import assert_within_budget
 from fastbert.text import batching
 
-sentence_transformers = pytest.importorskip("sentence_transformers", reason="what is accelerated")
-modules = pytest.importorskip("sentence_transformers.models", reason="what is accelerated")
-pytest_plugins = ["accelerated_sentences"]  # its fixtures
+sentence_transformers = pytest.importorskip("sentence_transformers", reason="its models are accelerated")
+modules = pytest.importorskip("sentence_transformers.models", reason="its models are accelerated")
+pytest_plugins = ["accelerated_sentences"]  # has the fixtures
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 
@@ -78,14 +78,14 @@ def test_every_argument_of_encode(build, arguments):
     before = by_the_library(lambda: model.encode(inputs, *args, **given))
     fastbert.accelerate(model, impl="native")
     after = quietly(lambda: model.encode(inputs, *args, **given))
-    if given.get("precision") in ("int8", "ubinary"):  # a step of rounding may go either way
+    if given.get("precision") in ("int8", "ubinary"):  # rounding may differ by one step
         bits = np.unpackbits(np.asarray(after) ^ np.asarray(before)) if given["precision"] == "ubinary" else None
         assert bits is None or bits.mean() < 0.01
     if given.get("precision") != "ubinary":
         assert_same(after, before)
 
 
-def test_errors_are_the_librarys(build):
+def test_errors_are_those_of_the_library(build):
     model = fastbert.accelerate(build(), impl="native")
     with pytest.raises(ValueError, match="not found in the configured prompts"):
         model.encode(TEXTS, prompt_name="unknown")
@@ -140,8 +140,8 @@ def test_families(build, kind):
     assert_same(quietly(lambda: model.encode(MANY)), before)
 
 
-def test_a_module_of_somebody_is_called_by_one_thread(build, two_threads, monkeypatch):
-    """It may keep something from call to call, as this one does."""
+def test_a_users_module_is_called_by_one_thread(build, two_threads, monkeypatch):
+    """It may keep state between calls, as this one does."""
 
     class Counts(torch.nn.Module):
         inside = most = 0
@@ -159,7 +159,8 @@ def test_a_module_of_somebody_is_called_by_one_thread(build, two_threads, monkey
     monkeypatch.setattr(sentence, "run_batches", lambda *args: (used.append(1), run(*args)))
     model = build("bert", Counts)
     before = model.encode(MANY)
-    fastbert.accelerate(model, impl="native", padding="zero")  # it does not look at padding, but who knows
+    # the module ignores padding, but fastbert cannot know that
+    fastbert.accelerate(model, impl="native", padding="zero")
     assert_same(quietly(lambda: model.encode(MANY)), before)
     assert model[2].most == 1
     assert not used

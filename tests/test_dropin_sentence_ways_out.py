@@ -1,4 +1,4 @@
-"""What accelerated models of sentence-transformers leave to the library, and that they stay what they were."""
+"""What accelerated models of sentence-transformers leave to the library; copies, saving and training still work."""
 
 import copy
 import pickle
@@ -12,9 +12,9 @@ import fastbert
 from accelerated_sentences import MANY, TEXTS, assert_same, by_the_library, quietly
 from fastbert.dropin import sentence
 
-sentence_transformers = pytest.importorskip("sentence_transformers", reason="what is accelerated")
-modules = pytest.importorskip("sentence_transformers.models", reason="what is accelerated")
-pytest_plugins = ["accelerated_sentences"]  # its fixtures
+sentence_transformers = pytest.importorskip("sentence_transformers", reason="its models are accelerated")
+modules = pytest.importorskip("sentence_transformers.models", reason="its models are accelerated")
+pytest_plugins = ["accelerated_sentences"]  # has the fixtures
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
 
 
@@ -50,7 +50,7 @@ WAYS_OUT = {
 
 @pytest.mark.parametrize("reason", WAYS_OUT)
 def test_what_the_library_does_itself(build, reason):
-    """With a warning, once, that names the reason; and explain names it too."""
+    """A single warning names the reason, and so does explain."""
     change, given = WAYS_OUT[reason]
     given = dict(given)
     inputs = given.pop("inputs", TEXTS)
@@ -79,7 +79,7 @@ def test_a_router_is_left_alone(build, folders):
     fastbert.accelerate(model, impl="native")
     report = fastbert.explain(model)
     assert "its first module is a Router" in report.left["encode"]
-    assert sum("unpads once" in what for what in report.replaced.values()) == 2  # its encoders run packed all the same
+    assert sum("unpads once" in what for what in report.replaced.values()) == 2  # its encoders run packed
     assert_same(quietly(lambda: model.encode_query(MANY)), before)
 
 
@@ -107,8 +107,8 @@ def test_other_kinds_and_own_methods_are_left_alone(build):
         sparse.encode(TEXTS)
 
 
-def test_modules_that_come_afterwards(build):
-    """What may be regrouped is decided at each call, of the modules there are then."""
+def test_modules_added_afterwards(build):
+    """Each call decides what may be regrouped, from the modules that the model has then."""
     model = fastbert.accelerate(build(), impl="native")
     fastbert.restore(model[0])
     with pytest.warns(UserWarning, match="its transformer was left alone"):
@@ -130,7 +130,7 @@ def test_restore_copies_and_pickles(build):
         (method,) = (value for value in other.__dict__.values() if isinstance(value, sentence.BatchedMethod))
         assert method.module is other
         assert_same(other.encode(MANY), before)
-    fastbert.accelerate(model, impl="native")  # again: the same
+    fastbert.accelerate(model, impl="native")  # a second call changes nothing
     fastbert.restore(model)
     assert set(model.__dict__) - {"_accelerate_placement_hook"} == attributes - {"_accelerate_placement_hook"}
     np.testing.assert_array_equal(model.encode(MANY), before)
@@ -144,9 +144,9 @@ def test_saved_and_loaded(build, tmp_path):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_features_of_a_batch_go_through_twice(build, training):
-    """Losses with several passes a batch hand in the features that the pass before has written its results into; the
-    second pass ran the original's code, as an argument `token_embeddings` was there, so its bits were others."""
+def test_the_features_of_a_batch_may_be_used_twice(build, training):
+    """Losses with several passes reuse the features, in which the first pass has stored its results. Because of the
+    argument `token_embeddings` the second pass ran the original's code, so its bits differed."""
     model = fastbert.accelerate(build(pooling=("cls", "mean"))).train(training)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -161,7 +161,7 @@ def test_features_of_a_batch_go_through_twice(build, training):
 
 
 def test_it_evaluates_and_can_train_afterwards(build):
-    """`encode` leaves a model in evaluation mode, as it does without us; gradients still come."""
+    """`encode` leaves a model in evaluation mode, as without fastbert; gradients still work."""
     model = fastbert.accelerate(build(), impl="native")
     model.train()
     model.encode(TEXTS)

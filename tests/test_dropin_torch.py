@@ -1,4 +1,4 @@
-"""torch's own transformer modules, accelerated, beside themselves: float64 as truth, twice their error as budget."""
+"""torch's own transformer modules, accelerated, compared with the originals; twice their error against float64."""
 
 import copy
 import pickle
@@ -115,9 +115,9 @@ def test_multi_head_attention(options):
 
 
 @pytest.mark.parametrize("shape", [(0, WIDTH, 32), (3, 0, 32)], ids=["no_sequences", "no_tokens"])
-def test_a_batch_of_nothing_gives_every_parameter_a_gradient(shape):
-    """As torch's own tests ask: zeros, where the projections of query, key and value had none."""
-    ours = fastbert.accelerate(encoder().double(), impl="native")  # float64, which no C++ takes
+def test_an_empty_batch_gives_every_parameter_a_gradient(shape):
+    """torch's own tests expect zeros; the projections of query, key and value had no gradient."""
+    ours = fastbert.accelerate(encoder().double(), impl="native")  # float64, which the C++ does not compute
     x = torch.empty(shape, dtype=torch.float64, requires_grad=True)
     y = ours(x)
     assert y.shape == shape
@@ -155,7 +155,7 @@ def test_dropout_drops_and_repeats():
     assert not torch.equal(run(0), run(1))
 
 
-def test_dropout_of_an_encoder_that_evaluates():
+def test_dropout_of_an_encoder_in_evaluation_mode():
     ours = fastbert.accelerate(encoder(dropout=0.3).eval(), impl="native")
     x = torch.randn(3, WIDTH, 32)
     for module in (ours, ours.layers[1]):
@@ -197,7 +197,7 @@ def test_compiles_in_one_graph():
         torch.testing.assert_close(y[~RIGHT], ours(x, src_key_padding_mask=RIGHT)[~RIGHT])
 
 
-ONE_CALL = {  # options of the layers, arguments of the call -> calls of the C++ through all layers
+ONE_CALL = {  # options of the layers, arguments of the call -> number of C++ calls for all layers
     "right": ({}, "right", 1),
     "no_padding": ({}, "none", 1),
     "relu": ({"activation": "relu"}, "right", 1),

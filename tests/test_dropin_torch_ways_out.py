@@ -33,9 +33,8 @@ def test_causal_is_left_to_torch():
     assert "is_causal" in str(fastbert.explain(ours))
 
 
-def test_the_hint_of_attention_is_left_to_torch():
-    """torch's own test of training with is_causal turned red: told is_causal, torch does not look at the mask, which
-    there did not even fit, and ours did."""
+def test_is_causal_of_attention_is_left_to_torch():
+    """One of torch's own tests failed: with is_causal=True torch ignores the mask, which did not fit. Ours read it."""
     ours, plain, _ = three(nn.MultiheadAttention(32, 4).eval())
     x, other = torch.randn(5, 2, 32), torch.zeros(5, 5)
     with pytest.warns(UserWarning, match="is_causal=True"):
@@ -63,8 +62,8 @@ KEYS = torch.zeros(2, 5, 32)
     ids=lambda wrong: "_".join((*wrong, *(str(tuple(t.shape)) for t in wrong.values()))),
 )
 def test_arguments_that_do_not_fit_have_torchs_own_error(wrong):
-    """torch's own test of invalid shapes turned red: two of the errors came from a product, not from torch's checks,
-    and masks of one row were broadcast, where torch refuses them."""
+    """One of torch's own tests failed: two of the errors came from a product instead of torch's checks, and masks of
+    one row were broadcast, which torch refuses."""
     ours, plain, _ = three(nn.MultiheadAttention(32, 4, batch_first=True).eval())
     given = {"query": torch.zeros(2, 5, 32), "key": KEYS, "value": KEYS, "need_weights": False} | wrong
     with pytest.raises((AssertionError, RuntimeError)) as expected:
@@ -99,7 +98,7 @@ def test_a_sequence_without_tokens_is_left_to_torch():
         ours(torch.randn(3, WIDTH, 32), src_key_padding_mask=padding)
 
 
-def test_a_hook_inside_is_heard():
+def test_a_hook_inside_is_called():
     ours, _, _ = three(encoder().eval())
     heard = []
     ours.layers[1].norm1.register_forward_hook(lambda *_: heard.append(1))
@@ -111,8 +110,8 @@ def test_a_hook_inside_is_heard():
 
 @pytest.mark.filterwarnings("ignore:.*so fastbert leaves")
 def test_pruned_attention_is_computed_anew():
-    """Pruning hangs a hook on attention that makes its weight anew before each call. Where the hook did not run, the
-    weight stayed that of the first step, and the second backward pass failed."""
+    """A hook on pruned attention computes its weight before each call. The hook did not run, so the weight stayed that
+    of the first step, and the second backward pass failed."""
     plain = encoder()
     for layer in plain.layers:
         prune.l1_unstructured(layer.self_attn, "in_proj_weight", 0.5)
@@ -128,7 +127,7 @@ def test_pruned_attention_is_computed_anew():
 
 @pytest.mark.filterwarnings("ignore:.*so fastbert leaves")
 def test_attention_alone_in_training_mode():
-    """torch's inference path drops nothing then, and its other path does."""
+    """Here torch's inference path applies no dropout, but its other path does."""
     ours = fastbert.accelerate(encoder(dropout=0.5).eval(), impl="native")
     ours.layers[0].self_attn.train()
     x = torch.randn(2, 5, 32)
@@ -139,8 +138,8 @@ def test_attention_alone_in_training_mode():
 
 @pytest.mark.parametrize("change", ["tanh", "changed_later"])
 def test_an_activation_that_torch_takes_for_another_is_left_to_torch(change):
-    """Without gradients torch computes GELU by erf for nn.GELU("tanh"), and ReLU where ReLU was replaced later: whoever
-    accelerates such a model gets the same two functions."""
+    """In inference torch computes the erf GELU for nn.GELU("tanh"), and ReLU after ReLU was replaced by another
+    function. An accelerated model gives the same results in both modes."""
     plain = encoder(activation=nn.GELU("tanh") if change == "tanh" else "relu").eval()
     if change == "changed_later":
         for layer in plain.layers:
@@ -148,7 +147,7 @@ def test_an_activation_that_torch_takes_for_another_is_left_to_torch(change):
     ours, x = fastbert.accelerate(copy.deepcopy(plain), impl="native"), torch.randn(3, WIDTH, 32)
     with_gradients = plain(x)
     with torch.no_grad():
-        assert not torch.allclose(plain(x), with_gradients, atol=1e-5), "torch computes one function: the rule can go"
+        assert not torch.allclose(plain(x), with_gradients, atol=1e-5), "torch computes one function: remove this rule"
         assert torch.equal(ours(x), plain(x))
     assert torch.equal(ours(x), with_gradients)
     assert "fast path takes its activation for" in str(fastbert.explain(ours))
@@ -156,7 +155,7 @@ def test_an_activation_that_torch_takes_for_another_is_left_to_torch(change):
 
 @pytest.mark.filterwarnings("ignore:.*so fastbert leaves")
 def test_spectral_norm_of_attention_takes_as_many_steps():
-    """In training each look at such a weight is a step of the power iteration, and the fused code looked twice."""
+    """In training each reading of such a weight is a step of the power iteration; the fused code read it twice."""
     plain = encoder()
     for part, name in ((plain.layers[0].self_attn, "in_proj_weight"), (plain.layers[1].self_attn.out_proj, "weight")):
         parametrizations.spectral_norm(part, name)
@@ -172,7 +171,7 @@ class Backwards(nn.ModuleList):
         return reversed([*super().__iter__()])
 
 
-def list_of_somebodys_own(model):
+def list_of_another_class(model):
     model.layers = Backwards(model.layers)
 
 
@@ -191,10 +190,10 @@ def more_heads(model):
         layer.self_attn.num_heads, layer.self_attn.head_dim = 4, 8
 
 
-@pytest.mark.parametrize("change", [list_of_somebodys_own, activation_in_place, norms_first, more_heads])
+@pytest.mark.parametrize("change", [list_of_another_class, activation_in_place, norms_first, more_heads])
 @pytest.mark.filterwarnings("ignore:.*so fastbert leaves")
-def test_what_is_changed_after_a_call_counts(change):
-    """The order of the layers was torch's own, and the name of an activation that of the first call."""
+def test_changes_after_a_call_take_effect(change):
+    """Layers ran in torch's order, and an activation was that of the first call."""
     plain = encoder(activation=nn.GELU()).eval()
     ours, x = fastbert.accelerate(copy.deepcopy(plain), impl="native"), torch.randn(3, WIDTH, 32)
     before = ours(x)
@@ -209,7 +208,7 @@ def test_what_is_changed_after_a_call_counts(change):
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("made", ["encoder", "layer", "attention"])
 def test_autocast_on_a_cpu_gives_torchs_dtype(made, grad):
-    """Without gradients torch's encoders return bfloat16 within autocast, with gradients float32."""
+    """Within autocast, torch's encoders return bfloat16 in inference, float32 with gradients."""
     plain = {
         "encoder": encoder,
         "layer": lambda: encoder().layers[0],

@@ -1,4 +1,4 @@
-"""Accelerated models that train: checkpointing, dropout, autocast, one graph, the Trainer, parallel wrappers."""
+"""Training accelerated models: checkpointing, dropout, autocast, one graph, the Trainer, parallel wrappers."""
 
 import copy
 from collections import defaultdict
@@ -11,7 +11,7 @@ from dropin_models import MASKS, WIDTH, batch_of, build, three
 from fastbert.dropin import layer as dropin_layer
 from fastbert.testing import assert_within_budget, relative_rms
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 pytestmark = pytest.mark.native
 
 
@@ -31,10 +31,10 @@ def losses_of(model: torch.nn.Module, batch: dict, steps: int = 3) -> list[float
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 @pytest.mark.filterwarnings("ignore")
 def test_gradient_checkpointing_changes_nothing_but_memory(reentrant):
-    """With dropout on: the recomputed layer draws the same masks, because they are a function of the seed."""
+    """With dropout: a recomputed layer draws the same masks, because these depend only on the seed."""
     model = build("bert", "ForSequenceClassification", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     ours = fastbert.accelerate(model, impl="native").train()
-    ours.enable_input_require_grads()  # checkpointing does that too: a hook, for which the word table is called
+    ours.enable_input_require_grads()  # as checkpointing does: its hook needs the word embeddings to be called
     checkpointed = copy.deepcopy(ours)
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     batch = batch_of(ours, MASKS["right"]) | {"labels": torch.randint(0, 2, (4,))}
@@ -53,7 +53,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(reentrant):
         for name in ("run", "run_for_first"):
             patch.setattr(dropin_layer, name, counted(name))
         once = losses_of(checkpointed, batch, steps=1)
-    # forward and again in the backward pass: the first layer, and the last, of which the head reads first tokens alone
+    # forward, and again in backward: the first layer, and the last, of which the head reads only first tokens
     assert runs == {"run": 2, "run_for_first": 2}
     torch.testing.assert_close(once, losses_of(ours, batch, steps=1))
 
@@ -75,7 +75,7 @@ def test_dropout_drops():
     assert relative_rms(mean[MASKS["right"]], other[MASKS["right"]]) < 0.2
 
 
-def test_dropout_of_a_model_that_evaluates():
+def test_dropout_in_evaluation_mode():
     """Monte Carlo dropout: the model is in evaluation mode, its dropout modules are not."""
     ours = fastbert.accelerate(build("bert", hidden_dropout_prob=0.3), impl="native")
     batch = batch_of(ours, MASKS["right"])
@@ -91,8 +91,7 @@ def test_dropout_of_a_model_that_evaluates():
 
 @pytest.mark.parametrize("family", ["bert", "electra", "modernbert"])
 def test_autocast(family):
-    """The sum that goes through the layers has the dtype of what goes into them: bfloat16 behind ELECTRA's projection,
-    float32 behind a LayerNorm."""
+    """The hidden states have the dtype of the layers' input: bfloat16 after a projection, float32 after a LayerNorm."""
     ours, plain, truth = three(build(family))
     batch, mask = batch_of(plain, MASKS["right"]), MASKS["right"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -104,7 +103,7 @@ def test_autocast(family):
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 @pytest.mark.filterwarnings("ignore")
 def test_compiles_in_one_graph(family):
-    """Whole, with its loss, for changing lengths, with and without a mask; and its gradients are the same."""
+    """In one graph with its loss, for changing lengths, with and without a mask; the gradients are the same."""
     model = build(family, "ForSequenceClassification", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     ours = fastbert.accelerate(model, impl="native")
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -117,7 +116,7 @@ def test_compiles_in_one_graph(family):
 
 
 def test_trainer_draws_the_same_loss_curve(tmp_path):
-    """20 steps of transformers' Trainer from one seed, dropout off: float64 is the truth of the curve."""
+    """20 steps of transformers' Trainer from one seed without dropout, compared with the curve in float64."""
     pytest.importorskip("accelerate", reason="Trainer needs it")
     model = build("bert", "ForSequenceClassification", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     texts = [torch.randint(5, 60, (int(n),)) for n in torch.randint(3, WIDTH, (48,))]
@@ -137,7 +136,7 @@ def test_trainer_draws_the_same_loss_curve(tmp_path):
         losses = []
 
         class Recorder(transformers.Trainer):
-            def compute_loss(self, model, inputs, *args, **kwargs):  # the log rounds to four digits
+            def compute_loss(self, model, inputs, *args, **kwargs):  # logs are rounded to four digits
                 loss = super().compute_loss(model, inputs, *args, **kwargs)
                 losses.append(loss.item())
                 return loss
@@ -162,7 +161,7 @@ def one_process(tmp_path):
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 @pytest.mark.filterwarnings("ignore")
 def test_data_parallel_wrappers(wrap, one_process):
-    """Layers are called as modules, so what gathers a sharded one before its forward still does."""
+    """Layers are called as modules, so hooks that gather a sharded layer before its forward still run."""
     ours, plain, _ = three(build("bert", "ForSequenceClassification"))
     batch = batch_of(plain, MASKS["right"]) | {"labels": torch.randint(0, 2, (4,))}
     if wrap == "ddp":

@@ -1,4 +1,4 @@
-"""Accelerated models of transformers beside themselves: float64 as truth, twice the original's own error as budget."""
+"""Accelerated models of transformers, compared with the originals: at most twice their error against float64."""
 
 import copy
 import warnings
@@ -23,7 +23,7 @@ from dropin_models import (
 from fastbert.dropin.forward import Forward
 from fastbert.testing import assert_within_budget, relative_rms
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 pytestmark = pytest.mark.native
 
 
@@ -34,11 +34,11 @@ def pretraining_labels(family: str, mask) -> dict[str, torch.Tensor]:
 
 
 def assert_loss(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
-    """A single number may be right by luck, so the budget is no smaller than some roundings of its logits."""
+    """A single number may be right by luck, so the budget is at least some roundings of its logits."""
     assert relative_rms(ours, truth) <= max(2 * relative_rms(plain, truth), 8 * torch.finfo(dtype).eps)
 
 
-# the interpreter is slow, and nothing of the kernels differs with other masks: packed, and with a mask
+# the interpreter is slow, and other masks run the same kernels: without a mask, and with one
 RUNS = [("native", dtype, mask) for dtype in (torch.float32, torch.bfloat16) for mask in MASKS]
 RUNS += [("triton", torch.float32, "right"), ("triton", torch.float32, "left")]
 
@@ -67,8 +67,8 @@ def test_hidden_states(family, impl, dtype, mask):
 
 @pytest.mark.parametrize("family", ["bert", "albert", "modernbert"])
 def test_single_hidden_states(family):
-    """A list of places, where transformers knows that: those states of all that there are, and None for the others."""
-    output_capturing = pytest.importorskip("transformers.utils.output_capturing", reason="what captures them")
+    """Newer transformers take a list of layers, and return these states and None for the others."""
+    output_capturing = pytest.importorskip("transformers.utils.output_capturing", reason="captures them")
     if not hasattr(output_capturing, "selected_hidden_states"):
         pytest.skip("this transformers returns all states or none")
     ours, plain, _ = three(build(family, **({"inner_group_num": 1} if family == "albert" else {})))
@@ -96,7 +96,7 @@ GRID = [
 @pytest.mark.filterwarnings("ignore:.*sliding window.*")
 def test_every_head_its_loss_and_every_gradient(family, head, mask):
     mask = MASKS[mask]
-    model = build(family, head, num_labels=2).train()  # as trained, but for the dropout
+    model = build(family, head, num_labels=2).train()  # trains, but without dropout
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -119,8 +119,8 @@ SEEDS = 3
 
 
 def samples(family: str, dtype: torch.dtype):
-    """(parameter, ours - truth, original's - truth, truth, size of the whole gradient) in float64, over heads, paddings
-    and seeds."""
+    """For each parameter (ours - truth, original's - truth, truth, size of the whole gradient) in float64, over heads,
+    paddings and seeds."""
     for head in (*HEADS, *MODELS[family][2]):
         for seed in range(SEEDS):
             for side in ("right", "left"):
@@ -139,8 +139,8 @@ def samples(family: str, dtype: torch.dtype):
                 size = torch.stack([g.norm() for g in truth.values()]).norm()
                 for name, exact in truth.items():
                     key = name.removeprefix(model.base_model_prefix + ".")
-                    if exact.numel() < 16:  # a bias of two labels is luck even over several batches
-                        key = "all that are of fewer than 16 numbers"
+                    if exact.numel() < 16:  # a bias of two labels depends on luck even over several batches
+                        key = "all of fewer than 16 numbers"
                     yield key, ours[name] - exact, plain[name] - exact, exact, size
 
 
@@ -148,8 +148,8 @@ def samples(family: str, dtype: torch.dtype):
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.filterwarnings("ignore:.*sliding window.*")
 def test_every_parameter_within_twice_the_originals_error(family, dtype):
-    """One batch says little of one parameter: rounding errors are random, and the original's may be small by luck. So
-    their squares are added up, over a family's heads, paddings and seeds, before they are compared."""
+    """One batch says little about one parameter: rounding errors are random, and the original's may be small by luck.
+    So squared errors are summed over a family's heads, paddings and seeds before they are compared."""
     mine, theirs, true = defaultdict(float), defaultdict(float), defaultdict(float)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -160,7 +160,7 @@ def test_every_parameter_within_twice_the_originals_error(family, dtype):
     wrong = {}
     for name in mine:
         allowed = 2 * theirs[name] ** 0.5
-        if true[name] ** 0.5 < 1e-9:  # a shift of all scores, which softmax does not see: nothing to be relative to
+        if true[name] ** 0.5 < 1e-9:  # zero, because a shift of all scores does not change a softmax
             allowed += torch.finfo(dtype).eps / 8
         if not mine[name] ** 0.5 <= allowed:
             wrong[name] = f"{mine[name] ** 0.5:.1e}, allowed {allowed:.1e}, of {true[name] ** 0.5:.1e}"
@@ -191,8 +191,8 @@ def test_gradients_through_the_kernels(family):
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("mask", ["right", "left"])
 @pytest.mark.filterwarnings("ignore:.*sliding window.*")
-def test_logits_of_labelled_tokens_alone(family, mask):
-    """Asked for: the same loss and gradients, and of the logits the rows that have a label. By default all rows."""
+def test_logits_of_labelled_tokens_only(family, mask):
+    """Optional: the same loss and gradients, but logits only for rows that have a label. The default is all rows."""
     mask = MASKS[mask]
     model = build(family, "ForMaskedLM")
     labels = torch.where(torch.rand(4, WIDTH) < 0.3, torch.randint(0, 60, (4, WIDTH)), -100)
@@ -215,7 +215,7 @@ def test_logits_of_labelled_tokens_alone(family, mask):
 
 @pytest.mark.filterwarnings("ignore:.*leaves this call.*")
 def test_logits_of_labelled_tokens_where_the_encoder_runs_its_own_code():
-    """A sequence without a token sends the call there."""
+    """Because of a sequence without a token."""
     model, mask = build("bert", "ForMaskedLM"), MASKS["right"].clone()
     mask[0] = False
     batch, labels = batch_of(model, mask), torch.full((4, WIDTH), -100)
@@ -230,8 +230,8 @@ def test_logits_of_labelled_tokens_where_the_encoder_runs_its_own_code():
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 @pytest.mark.filterwarnings("ignore:.*sliding window.*")
-def test_labels_of_another_shape_are_the_originals(family):
-    """Rows are picked by labels [batch, tokens] alone: of others the places would be those of other tokens."""
+def test_labels_of_another_shape_behave_as_in_the_original(family):
+    """Only labels of shape [batch, tokens] select rows; labels of another shape belong to other tokens."""
     model = build(family, "ForMaskedLM")
     batch = batch_of(model, MASKS["right"])
     ours = fastbert.accelerate(copy.deepcopy(model), impl="native", labelled_logits=True)
@@ -245,8 +245,8 @@ def test_labels_of_another_shape_are_the_originals(family):
             one(**batch, labels=labels[:, :-1].contiguous())
 
 
-def test_labels_at_padding_count_as_they_did():
-    """`labels = input_ids` is common, and then padding has labels too: their loss must not change in silence."""
+def test_labels_at_padding_count_as_in_the_original():
+    """`labels = input_ids` is common and gives padding labels too: the loss must include them."""
     ours, plain, truth = three(build("bert", "ForMaskedLM"))
     batch = batch_of(plain, MASKS["right"])
     outputs = [model(**batch, labels=batch["input_ids"]) for model in (ours, plain, truth)]

@@ -1,4 +1,4 @@
-"""What stays as it was: encoders that run their own code, and models that are copied, saved, called and restored."""
+"""Encoders that run their own code, and models that are copied, saved, called and restored as before."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from dropin_models import MASKS, MODELS, WIDTH, assert_gradients, batch_of, buil
 from fastbert.dropin.families import FAMILIES
 from fastbert.dropin.forward import Forward
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 pytestmark = pytest.mark.native
 
 
@@ -47,8 +47,8 @@ def test_fallback_warns_once_and_is_the_original(family, more, reason):
     assert reason.replace("\\", "") in str(fastbert.explain(ours))
 
 
-def test_a_hook_inside_is_heard():
-    """Modules that the fused code walks past must not fall silent."""
+def test_a_hook_inside_is_called():
+    """Hooks of modules that the fused code does not call must still run."""
     ours, plain, _ = three(build("bert"))
     heard = []
     handle = ours.encoder.layer[1].attention.self.register_forward_hook(lambda *_: heard.append(1))
@@ -61,7 +61,7 @@ def test_a_hook_inside_is_heard():
     assert len(heard) == 1
 
 
-def test_a_hook_on_a_linear_layer_sees_what_the_original_shows():
+def test_a_hook_on_a_linear_layer_sees_what_it_sees_in_the_original():
     ours, plain, _ = three(build("bert"))
     shapes = []
     ours.encoder.layer[0].intermediate.dense.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
@@ -100,7 +100,7 @@ def test_bad_impl():
 
 
 class LowRank(torch.nn.Module):
-    """A LoRA adapter as PEFT makes them: a module around the linear layer, which it calls."""
+    """A LoRA adapter like PEFT's: a module that wraps and calls a linear layer."""
 
     def __init__(self, base: torch.nn.Linear):
         super().__init__()
@@ -159,7 +159,7 @@ def saved_and_loaded(model):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
                          ids=["deepcopy", "pickle", "torch.save"])  # fmt: skip
 @pytest.mark.parametrize("family", MODELS)
-def test_a_copy_is_a_model_of_its_own(family, duplicate, called):
+def test_a_copy_is_independent(family, duplicate, called):
     ours = fastbert.accelerate(build(family, "ForSequenceClassification"), impl="native")
     batch = batch_of(ours, MASKS["right"])
     with torch.no_grad():
@@ -225,17 +225,17 @@ def test_accelerate_twice_is_accelerate_once():
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
-def test_modernbert_on_a_flash_attention_of_its_own_is_left_alone():
+def test_modernbert_with_its_own_flash_attention_is_left_alone():
     model = build("modernbert")
     if not hasattr(model.layers[0].attn, "rotary_emb"):
-        pytest.skip("this transformers calls flash attention as it calls any other")
+        pytest.skip("this transformers has no separate flash attention")
     model.config._attn_implementation = "flash_attention_2"
     assert "runs packed already" in str(fastbert.explain(model))
 
 
-def test_a_row_by_analogy_with_other_positions_is_refused(monkeypatch):
-    """Data2VecText has BERT's layers and RoBERTa's positions. A row for it copied from BERT's took the columns for
-    positions, and every state was 4e-2 off without a word."""
+def test_a_row_with_the_wrong_positions_is_refused(monkeypatch):
+    """Data2VecText has BERT's layers and RoBERTa's positions. With a row copied from BERT's, positions were columns,
+    and every state was wrong by 4e-2 without an error."""
     row = FAMILIES["RobertaModel"]
     monkeypatch.setitem(FAMILIES, "RobertaModel", replace(row, positions="column"))
     model = build("roberta")

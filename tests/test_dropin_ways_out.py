@@ -1,4 +1,4 @@
-"""Ways out of Python and changes made behind `accelerate`: export, tracing, other layers, int8, pipelines."""
+"""Export and tracing of accelerated models, changes made after `accelerate`, int8, pipelines."""
 
 import copy
 import warnings
@@ -9,7 +9,7 @@ import torch
 import fastbert
 from fastbert.testing import relative_rms
 
-transformers = pytest.importorskip("transformers", reason="what is accelerated")
+transformers = pytest.importorskip("transformers", reason="its models are accelerated")
 
 pytestmark = pytest.mark.native
 
@@ -37,7 +37,7 @@ def assert_same(ours, plain, mask: torch.Tensor = MASK) -> None:
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not_strict"])
 @pytest.mark.filterwarnings("ignore")
 def test_export(strict):
-    """An exported program keeps the padding, so it holds for other masks than the one it was made with."""
+    """An exported program keeps padding, so it also holds for other masks."""
     ours, plain = pair()
     program = torch.export.export(ours, (), kwargs=batch_of(), strict=strict)
     other = MASK.flip(0)
@@ -47,7 +47,7 @@ def test_export(strict):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_trace_records_the_original():
-    """A trace keeps the branches of one batch, so packing would be wrong for the next."""
+    """A trace keeps the branches of one batch, so packing would be wrong for the next one."""
     ours, plain = pair(return_dict=False)
     batch = batch_of()
     with warnings.catch_warnings():
@@ -72,7 +72,7 @@ def test_jit_trace_of_torchs_encoder_records_the_original():
         torch.testing.assert_close(traced(x[:2] + 1), plain(x[:2] + 1), atol=1e-5, rtol=1e-4)
 
 
-def test_a_layer_put_in_afterwards():
+def test_a_layer_replaced_afterwards():
     ours, plain = pair()
     for model in (ours, plain):
         model.encoder.layer[1] = copy.deepcopy(plain.encoder.layer[0])
@@ -88,7 +88,7 @@ def test_a_layer_put_in_afterwards():
 
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_a_layer_in_a_checkpoint_wrapper():
-    """torch's wrapper calls the layer that it holds."""
+    """torch's wrapper calls the wrapped layer."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     ours, plain = pair()
@@ -97,7 +97,7 @@ def test_a_layer_in_a_checkpoint_wrapper():
     assert_same(ours(**batch), plain(**batch))
 
 
-def test_layers_taken_away_afterwards():
+def test_layers_removed_afterwards():
     ours, plain = pair()
     for model in (ours, plain):
         model.encoder.layer = model.encoder.layer[:1]
@@ -106,7 +106,7 @@ def test_layers_taken_away_afterwards():
 
 
 def test_feed_forward_in_chunks():
-    """Chunks bound the memory of the feed-forward layer and change no number; packed tokens need none."""
+    """Chunks limit the memory of the feed-forward layer without changing results; packed tokens need none."""
     ours, plain = pair()
     ours.config.chunk_size_feed_forward = plain.config.chunk_size_feed_forward = 13
     for model in (ours, plain):
@@ -193,9 +193,9 @@ def test_explain_says_that_padding_stays_under_compile():
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning", "ignore:.*quantized tensor creation")
 @pytest.mark.parametrize("first", ["accelerate", "quantize"])
 def test_layers_quantized_to_int8_on_the_fly(first):
-    """torch scales each activation by its largest value: the same numbers without padding. With it the padding has
-    no part in the scale, so the error against the unquantised model is compared."""
-    quantization = pytest.importorskip("torch.ao.quantization", reason="what quantizes")
+    """torch scales each activation by its largest value: without padding the results are equal. Padding is not part of
+    our scale, so with padding the errors against the unquantised model are compared."""
+    quantization = pytest.importorskip("torch.ao.quantization", reason="quantizes")
     if not {"fbgemm", "x86", "qnnpack", "onednn"} & set(torch.backends.quantized.supported_engines):
         pytest.skip("this torch has no int8 products")
 
@@ -206,13 +206,13 @@ def test_layers_quantized_to_int8_on_the_fly(first):
     theirs = quantized(plain)
     with torch.inference_mode():
         if first == "accelerate":
-            ours(**batch_of())  # weights are laid out
+            ours(**batch_of())  # lays out the weights
             ours = quantized(ours)
         else:
             ours = fastbert.accelerate(quantized(plain), impl="native")
         full = {"input_ids": torch.randint(5, 60, (4, 13))}
         mine, other, truth = (m(**full).last_hidden_state for m in (ours, theirs, plain))
-        assert relative_rms(mine, other) <= 0.5 * relative_rms(other, truth)  # a value may round to the other side
+        assert relative_rms(mine, other) <= 0.5 * relative_rms(other, truth)  # a value may be rounded to the other side
         batch = batch_of()
         mine, other, truth = (m(**batch).last_hidden_state[MASK] for m in (ours, theirs, plain))
         assert not ours.forward.warned
@@ -248,7 +248,7 @@ def tokenizer():
 
 
 def assert_alike(mine, theirs) -> None:
-    """Lists and dicts of numbers, in the same shape."""
+    """Asserts that lists and dicts of numbers are equal."""
     assert type(mine) is type(theirs)
     if isinstance(mine, dict):
         assert mine.keys() == theirs.keys()
@@ -285,7 +285,7 @@ def test_pipelines(task, batch_size, tokenizer):
     if task != "feature-extraction":
         assert_alike(mine, theirs)
         return
-    for text, a, b in zip(TEXTS, mine, theirs, strict=True):  # what stands at padding differs
+    for text, a, b in zip(TEXTS, mine, theirs, strict=True):  # results at padding differ
         real = len(text.split()) + 2
         assert_alike(a[0][:real], b[0][:real])
         assert len(a[0]) == len(b[0])

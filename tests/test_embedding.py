@@ -31,8 +31,8 @@ WIDTHS = {
     "under_a_block": 7,
     "several_rows_a_warp": 64,
     "base": 768,
-    "two_column_blocks": 1536,  # the scatter takes 1,024 columns a program
-    "token_types_apart": 5000,  # too wide to sum the token types inside the LayerNorm backward
+    "two_column_blocks": 1536,  # a program of the scatter takes 1,024 columns
+    "token_types_apart": 5000,  # too wide to sum the token types inside LayerNorm's backward pass
 }
 
 
@@ -52,7 +52,7 @@ def test_dtypes(dtype, dropout_p, device):
 @pytest.mark.parametrize("types", [None, 1, 2, 3])
 @pytest.mark.parametrize("bias", [False, True])
 def test_token_types(bias, types, device):
-    """None at all, those summed inside the LayerNorm backward, and enough of them to be sorted."""
+    """No token types, few (summed inside LayerNorm's backward pass), and so many that they are sorted."""
     inputs = inputs_of(24, [30])
     if types is None:
         inputs |= {"token_type_ids": None, "token_type": None}
@@ -77,22 +77,22 @@ def test_no_tokens(lengths, device):
 
 # ---- the scatter -----------------------------------------------------------------------------------------
 
-# how often ids 0, 1, 2, ... occur: the runs of the sorted ids, against chunks of 64
+# how often ids 0, 1, 2, ... occur: runs of the sorted ids, for chunks of 64
 RUNS = {
     "one_token": [1],
-    "all_alike": [CHUNK * 3 + 5],  # whole chunks from the very first
+    "all_alike": [CHUNK * 3 + 5],  # whole chunks from the start
     "exactly_one_chunk": [CHUNK],
     "ends_on_a_chunk": [5, CHUNK - 5, 2 * CHUNK, 7],
-    "starts_in_a_chunk": [10, 2 * CHUNK],  # head, one whole chunk, tail
-    "two_ragged_ends_only": [40, CHUNK + 20, 30],  # longer than a chunk, and covers none
+    "starts_in_a_chunk": [10, 2 * CHUNK],  # a beginning, one whole chunk, an end
+    "two_ragged_ends_only": [40, CHUNK + 20, 30],  # longer than a chunk, without covering one
     "rows_without_tokens": [0, 3, 0, 0, 70, 0],
-    "many_whole_chunks": [1, CHUNK * 6 + 1, 1],  # more chunk sums than are loaded at once
+    "many_whole_chunks": [1, CHUNK * 6 + 1, 1],  # more sums of chunks than are loaded at once
 }
 
 
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS.keys())
 def test_scatter_of_runs(runs, device):
-    """Sums over tokens in any order of ids, exact here: small whole numbers in float32."""
+    """Sums over tokens for any order of ids, exact here because they are small integers in float32."""
     ids = torch.repeat_interleave(torch.arange(len(runs)), torch.tensor(runs)).to(device)
     ids = ids[torch.randperm(len(ids), device=device)]
     dz = torch.randint(-50, 50, (len(ids), 40), device=device).float()
@@ -135,7 +135,7 @@ def test_padding_row_gets_no_gradient(padding_idx, device):
 
 
 def test_ids_out_of_range_touch_no_memory_outside(device):
-    """They read as a row of zeros and get no gradient. (The caller validates ids; this only bounds the damage.)"""
+    """Such an id reads a row of zeros and gets no gradient. (The caller checks ids; this only limits the damage.)"""
     inputs = inputs_of(24, [12], vocab=8)
     bad = {
         "input_ids": torch.tensor([8, -1, 2**40, -(2**40), 7, 0] * 2),
@@ -170,8 +170,8 @@ TABLES = ["word", "position", "token_type", "weight", "bias"]
 
 @pytest.mark.parametrize("wanted", TABLES)
 @pytest.mark.parametrize("types", [1, 2, 3])
-def test_one_kernel_whichever_gradients_are_wanted(types, wanted, device, kernels_of):
-    """Two would add in two orders: their layouts are the compiler's choice, for what each loads and stores."""
+def test_one_kernel_computes_any_set_of_gradients(types, wanted, device, kernels_of):
+    """Two kernels could add in different orders, since the compiler chooses layouts by loads and stores."""
     inputs = inputs_of(7, [30]) | {"token_type_ids": torch.arange(30) % types, "token_type": torch.randn(types, 7)}
     inputs = {name: t.to(device) for name, t in inputs.items()}
 
@@ -183,7 +183,7 @@ def test_one_kernel_whichever_gradients_are_wanted(types, wanted, device, kernel
     assert kernels_of(lambda: gradients([wanted])) <= kernels_of(lambda: gradients(TABLES))
 
 
-def test_one_kernel_whether_a_gradient_follows(device, kernels_of):
+def test_forward_is_one_kernel_with_and_without_gradients(device, kernels_of):
     inputs = {name: t.to(device) for name, t in inputs_of(40, [9]).items()}
     forward = lambda: embedding.embedding_layer_norm(**inputs)  # noqa: E731
     alone, kernel = forward(), kernels_of(forward)
@@ -196,7 +196,7 @@ def test_one_kernel_whether_a_gradient_follows(device, kernels_of):
 
 
 def test_strided_inputs(device):
-    """Ids with stride 2, tables cut from wider ones, an expanded upstream gradient: the same bits."""
+    """Ids of stride 2, tables cut from wider ones and an expanded upstream gradient give the same bits."""
     inputs = inputs_of(20, [9])
     strided = dict(inputs)
     for name in ("input_ids", "token_type_ids", "positions"):
@@ -214,7 +214,7 @@ def test_strided_inputs(device):
 
 
 def test_dropout_mask_is_the_specification_s(device):
-    """Bit for bit in the forward pass, and in the backward pass, where dbias counts the kept tokens."""
+    """Exactly the same mask in the forward pass, and in the backward pass, where dbias counts the kept tokens."""
     inputs = inputs_of(40, [37])
     inputs = {name: t.to(device) for name, t in inputs.items()}
     inputs["weight"] = torch.zeros(40, device=device)

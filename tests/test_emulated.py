@@ -1,4 +1,4 @@
-"""Every kernel at every flag, compiled, its PTX executed: what `make ptx-fast` runs, architecture by architecture."""
+"""Every kernel with every flag, compiled and executed as PTX: what `make ptx-fast` runs for each architecture."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from fastbert.kernels import _device
 
 pytestmark = [
     pytest.mark.triton,
-    pytest.mark.skipif(_device.INTERPRETING, reason="interpreted, the tests of each operator run all of it"),
+    pytest.mark.skipif(_device.INTERPRETING, reason="the operators' own tests cover all of it in the interpreter"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Features: several layers combined, for texts, tokens and words, beside transformers' hidden_states."""
+"""Features: several layers combined, for texts, tokens and words, compared with transformers' hidden_states."""
 
 import json
 import shutil
@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fastbert import BertConfig, BertModel, Encoder
+from fastbert import Encoder
 from fastbert.cli.main import main
 from fastbert.encoding.layers import layer_numbers
 from fastbert.testing import allowed_factor, assert_within_budget
+from small_bert import save_bert
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", *"abcdefgh", *(f"##{c}" for c in "abcdefgh")]
 TEXTS = ["ab c, def", "", "Hab", "a b c d e f g h " * 6, "gh,gh"]
@@ -21,15 +22,8 @@ LAYERS = 3
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=24, initializer_range=0.3,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    return folder
+    sizes = {"num_hidden_layers": LAYERS, "max_position_embeddings": 24}
+    return save_bert(tmp_path_factory.mktemp("bert"), WORDS, initializer_range=0.3, **sizes)
 
 
 def encoder_of(bert, **options) -> Encoder:
@@ -57,8 +51,8 @@ def put_together(states: list[torch.Tensor], layers: tuple[int, ...], combine: s
 
 @pytest.mark.parametrize("impl", ["native", pytest.param("triton", marks=pytest.mark.triton)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_rows_of_layers_are_those_of_transformers(bert, dtype, impl):
-    """Each token by itself, and the mean over each text, [CLS] and [SEP] too; by every way of combining."""
+def test_vectors_of_layers_equal_those_of_transformers(bert, dtype, impl):
+    """For each token, and for the mean over each text, with [CLS] and [SEP], by every way of combining layers."""
     encoder = encoder_of(bert, dtype=dtype, impl=impl, max_length=20)
     ids = encoder.tokenise(TEXTS)
     plain, truth = theirs(bert, ids, dtype), theirs(bert, ids, torch.float64)
@@ -86,7 +80,7 @@ def test_one_layer_is_the_layer_and_the_last_is_the_default(bert):
     torch.testing.assert_close(vectors, encoder.encode_tokens(TEXTS)[0].vectors)
 
 
-def test_an_encoder_of_layers_loads_no_others(bert):
+def test_an_encoder_loads_no_layers_above_the_chosen_ones(bert):
     whole = encoder_of(bert, normalize=True)
     encoder = encoder_of(bert, layers=[-4, 2], combine="concat", normalize=True)
     assert len(encoder.model.encoder["layer"]) == 2
@@ -96,7 +90,7 @@ def test_an_encoder_of_layers_loads_no_others(bert):
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(TEXTS)))
     assert torch.equal(encoder.encode(TEXTS, combine="sum"), whole.encode(TEXTS, layers=[0, 2], combine="sum"))
     assert encoder.asked(layers=[1]).combine == "concat"
-    assert encoder.encode(TEXTS).shape == (len(TEXTS), 64), "what a call asks for is its own"
+    assert encoder.encode(TEXTS).shape == (len(TEXTS), 64), "one call does not change the next"
 
 
 def test_batches_change_nothing_but_rounding(bert):
@@ -138,8 +132,8 @@ def test_nothing_and_too_much(bert):
     assert encoder.encode_tokens([]) == []
 
 
-def test_a_word_of_which_the_limit_cuts_the_end_has_no_vector(bert):
-    """Its vector would be that of another word, and its text a beginning of it."""
+def test_a_word_whose_end_is_cut_off_has_no_vector(bert):
+    """The vector would be that of another word, which is the beginning of this one."""
     text, at_most = (
         "ab cde f",
         {3: [], 4: ["ab"], 6: ["ab"], 7: ["ab", "cde"], 8: ["ab", "cde", "f"], 9: ["ab", "cde", "f"]},
@@ -150,11 +144,11 @@ def test_a_word_of_which_the_limit_cuts_the_end_has_no_vector(bert):
         whole = encoder_of(bert, max_length=length).encode_tokens(text)
         assert len(whole.parts) == min(length - 2, 6), "tokens are kept"
     found = encoder_of(bert, max_length=6).encode_tokens("ab cd " * 2000, words="first")
-    assert found.parts == ["ab", "cd"], "of a text that is cut before it is tokenised, too"
+    assert found.parts == ["ab", "cd"], "also in a text that is cut before it is tokenised"
 
 
-def test_a_word_of_which_the_limit_cuts_the_beginning_has_no_vector(bert, tmp_path):
-    """Where the tokenizer cuts texts at their beginning."""
+def test_a_word_whose_beginning_is_cut_off_has_no_vector(bert, tmp_path):
+    """For a tokenizer that cuts off the beginning of texts."""
     folder = shutil.copytree(bert, tmp_path / "left")
     (folder / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
     for length, parts in {3: ["f"], 5: ["f"], 6: ["cde", "f"], 7: ["cde", "f"], 8: ["ab", "cde", "f"]}.items():
@@ -163,7 +157,7 @@ def test_a_word_of_which_the_limit_cuts_the_beginning_has_no_vector(bert, tmp_pa
         assert encoder.encode_tokens("ab cde f", words="mean").parts == parts, length
 
 
-def test_a_single_text_and_the_time_it_took(bert):
+def test_a_single_text_and_its_stats(bert):
     encoder = encoder_of(bert)
     single, (listed,) = encoder.encode_tokens(TEXTS[0]), encoder.encode_tokens([TEXTS[0]])
     assert single[:2] == listed[:2]
@@ -172,12 +166,12 @@ def test_a_single_text_and_the_time_it_took(bert):
     assert encoder.stats.seconds > 0.0
 
 
-def test_a_prompt_has_no_vectors_and_moves_no_place(bert):
+def test_a_prompt_has_no_vectors_and_does_not_shift_places(bert):
     encoder = encoder_of(bert)
     plain = encoder.encode_tokens(["c def"])[0]
     prompted = encoder.encode_tokens(["c def"], prompt="ab, ")[0]
     assert prompted[:2] == plain[:2]
-    assert not torch.allclose(prompted.vectors, plain.vectors), "it was read all the same"
+    assert not torch.allclose(prompted.vectors, plain.vectors), "the prompt was read"
     whole = encoder.encode_tokens(["ab, c def"])[0]
     torch.testing.assert_close(prompted.vectors, whole.vectors[3:])
     words = encoder.encode_tokens(["c def"], prompt="ab, ", words="mean")[0]
@@ -199,7 +193,7 @@ def test_numbers_of_layers():
             layer_numbers(layers, 3)
 
 
-def test_layers_that_cannot_be_had_are_refused(bert):
+def test_unavailable_layers_are_refused(bert):
     encoder = encoder_of(bert)
     with pytest.raises(ValueError, match="combine must be one of concat, sum, mean, got 'max'"):
         encoder.encode(TEXTS, layers=[1], combine="max")
@@ -244,7 +238,7 @@ def test_layers_from_the_shell(bert, lines, tmp_path):
 @pytest.mark.once
 @pytest.mark.parametrize("arguments", [["--tokens"], ["--tokens", "--special-tokens"], ["--words", "mean"]])
 def test_tokens_and_words_from_the_shell(bert, lines, tmp_path, arguments):
-    """In both kinds of file, the same."""
+    """Both kinds of file hold the same."""
     words = "mean" if "--words" in arguments else None
     options = {"layers": [0, 3], "words": words, "special_tokens": "--special-tokens" in arguments}
     expected = encoder_of(bert).encode_tokens(TEXTS, **options)
@@ -295,6 +289,6 @@ def test_an_empty_file_has_no_rows(bert, tmp_path):
         (("--tokens", "--pooling", "cls"), 2, "--pooling is for vectors of texts"),
     ],
 )
-def test_arguments_that_do_not_go_together(bert, lines, capsys, arguments, code, message):
+def test_arguments_that_exclude_each_other(bert, lines, capsys, arguments, code, message):
     assert encode(bert, lines, *arguments) == code
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`torchrun -m fastbert encode`: two gloo processes, one ordered file; a failing one ends all and leaves none."""
+"""`torchrun -m fastbert encode`: two gloo processes write one ordered file; if one fails, all end without a file."""
 
 import os
 import socket
@@ -38,7 +38,7 @@ def sentences(count: int) -> list[str]:
 
 
 def test_one_ordered_result(folder, tmp_path):
-    """Seven chunks, the last one short: four of the first rank, three of the second."""
+    """Seven chunks, the last one shorter: four for the first rank, three for the second."""
     source, out = tmp_path / "texts.txt", tmp_path / "out.npy"
     texts = sentences(6 * 1024 + 77)
     source.write_text("\n".join(texts))
@@ -50,11 +50,11 @@ def test_one_ordered_result(folder, tmp_path):
 
 
 @pytest.mark.parametrize("count", range(8))
-def test_chunks_are_dealt_out_and_put_together(count, monkeypatch):
-    """Three ranks, one after another here: any number of chunks, fewer than ranks too, of different sizes."""
+def test_chunks_are_distributed_and_joined_in_order(count, monkeypatch):
+    """Three ranks, run one after another: any number of chunks, also fewer than ranks, of different sizes."""
 
     class Numbers:
-        """An encoder of chunks of numbers, which reads one ahead as the real one does."""
+        """An encoder for chunks of numbers, which reads one chunk ahead as the real one does."""
 
         dimension = 1
 
@@ -86,7 +86,7 @@ def test_chunks_are_dealt_out_and_put_together(count, monkeypatch):
 
 
 def test_a_failing_rank_ends_all(folder, tmp_path):
-    """A line that is not UTF-8: the first process that reads it reports it, with the line's number."""
+    """A line is not UTF-8: the first process that reads it reports it, with the line's number."""
     source, out = tmp_path / "texts.txt", tmp_path / "out.npy"
     source.write_bytes(b"a b\n" * 1500 + b"\xff\n" + b"a\n" * 1500)
     done = torchrun("encode", source, "-o", out, "--model", folder, *WORDS_OF_OPTIONS)
@@ -96,8 +96,8 @@ def test_a_failing_rank_ends_all(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
-def test_a_rank_that_vanishes_is_noticed(folder, tmp_path):
-    """Its machine is gone, say, so that nobody ends the others: rank 0 sees it by itself."""
+def test_a_vanished_rank_is_noticed(folder, tmp_path):
+    """As if a machine was lost, so that nothing ends the other ranks: rank 0 notices by itself."""
     source, out = tmp_path / "texts.txt", tmp_path / "out.npy"
     source.write_text("a b\n" * 5000)
     with socket.socket() as free:
@@ -128,7 +128,7 @@ def test_a_rank_that_vanishes_is_noticed(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"), [(["-"], "FILE must be a file"), (["{texts}", "--workers", "2"], "--nproc-per-node")]
 )
-def test_what_does_not_go_with_torchrun(words, message, tmp_path, monkeypatch, capsys):
+def test_options_that_exclude_torchrun(words, message, tmp_path, monkeypatch, capsys):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "here"}.items():
         monkeypatch.setenv(name, value)
     assert main(["encode", *(word.format(texts=tmp_path / "texts.txt") for word in words)]) == 2
@@ -148,7 +148,7 @@ def test_each_rank_has_its_gpu(monkeypatch):
         Ranks(2, 4, 2).device("auto")
 
 
-def test_ranks_that_read_different_files_are_told(monkeypatch):
+def test_ranks_that_read_different_files_are_refused(monkeypatch):
     def gathered(everywhere, facts):
         everywhere[:] = [{"bytes of FILE": 7}, {"bytes of FILE": 8}]
 

@@ -1,4 +1,4 @@
-"""Long input: tokenised while the chunk before is computed, in constant memory, and nothing left when interrupted."""
+"""Long input: a chunk is tokenised while the last one is computed; constant memory; clean interruption."""
 
 import mmap
 import os
@@ -12,29 +12,22 @@ import pytest
 import torch
 
 from benchmarks.suites import long_file as memory
-from fastbert import BertConfig, BertModel, Encoder
+from fastbert import Encoder
 from fastbert.cli.main import main
 from fastbert.text.batching import one_ahead
 from fastbert.text.files import InputError, read_chunks
+from small_bert import save_bert
 
 pytestmark = pytest.mark.once
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 WIDTH = 256
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A BERT of one layer with wide vectors: a kilobyte for each text is visible in the memory of a process."""
-    folder = tmp_path_factory.mktemp("model")
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    return folder
+    """A BERT of one layer with vectors of a kilobyte, which are visible in the memory of a process."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 16, "max_position_embeddings": 16}
+    return save_bert(tmp_path_factory.mktemp("model"), **sizes)
 
 
 @pytest.fixture
@@ -46,7 +39,7 @@ TEXTS = [" ".join("abcdefg"[: 1 + i % 7]) for i in range(50)]
 
 
 def test_the_next_chunk_is_tokenised_while_one_is_computed(encoder, monkeypatch):
-    """The forward pass of the first chunk waits here until the second has been tokenised: in turn, that is never."""
+    """The first chunk's forward pass waits until the second is tokenised, which would never happen in turn."""
     tokenised, threads = threading.Semaphore(0), set()
     tokenise, encode_ids = encoder.tokenise, encoder.encode_ids
 
@@ -72,8 +65,8 @@ def test_the_next_chunk_is_tokenised_while_one_is_computed(encoder, monkeypatch)
     assert threading.get_ident() not in threads
 
 
-def test_texts_are_drawn_in_the_callers_thread(encoder):
-    """A cursor of a database, say, belongs to the thread that opened it."""
+def test_texts_are_read_in_the_callers_thread(encoder):
+    """The cursor of a database, for example, belongs to the thread that opened it."""
     threads = set()
 
     def drawn():
@@ -113,7 +106,7 @@ def test_errors_of_the_other_thread_and_of_the_source_reach_the_caller(encoder, 
         list(encoder.encode_stream(broken(), chunk_size=chunk_size))
 
 
-def test_a_stream_left_early_leaves_no_thread(encoder):
+def test_a_stream_closed_early_leaves_no_thread(encoder):
     before = set(threading.enumerate())
     stream = encoder.encode_stream(TEXTS, chunk_size=4)
     next(stream)
@@ -124,9 +117,9 @@ def test_a_stream_left_early_leaves_no_thread(encoder):
     assert set(threading.enumerate()) <= before
 
 
-def test_whoever_stops_does_not_wait_for_the_text_that_is_tokenised():
-    """Ctrl-C and SIGTERM close the stream. One word of 200 MB in the second chunk kept them waiting for a minute, and
-    the end of the process waited for the thread once more."""
+def test_stopping_does_not_wait_for_the_tokenizer():
+    """Ctrl-C and SIGTERM close the stream. One word of 200 MB in the second chunk delayed them by a minute, and then
+    the end of the process waited for the thread again."""
     over, begun, ended, daemons = threading.Event(), threading.Event(), [], []
 
     def tokenise(text):
@@ -148,7 +141,7 @@ def test_whoever_stops_does_not_wait_for_the_text_that_is_tokenised():
     for thread in threading.enumerate():
         if thread.name == "ahead":
             thread.join(timeout=600)
-    assert ended == ["short", "long"], "a text was tokenised although its request had gone"
+    assert ended == ["short", "long"], "a text was tokenised although its request was cancelled"
 
 
 def test_chunks_of_lines_end_by_number_and_by_size(tmp_path):
@@ -161,7 +154,7 @@ def test_chunks_of_lines_end_by_number_and_by_size(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of a process from Linux' /proc")
 def test_resident_memory_does_not_grow_with_the_file(folder, tmp_path):
-    """Ten times the lines, the same peak. Kept vectors would come to 18 MB, kept lines and ids to more."""
+    """Ten times the lines have the same peak. Kept vectors would add 18 MB, kept lines and ids more."""
     code = (
         "import sys; from fastbert.cli.main import main; assert main(sys.argv[1:]) == 0\n"
         "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
@@ -172,7 +165,7 @@ def test_resident_memory_does_not_grow_with_the_file(folder, tmp_path):
         source.write_text("".join(TEXTS[i % 50] + "\n" for i in range(lines)))
         options = ["--model", folder, "--impl", "native", "--device", "cpu", "--dtype", "float32"]
         command = [sys.executable, "-c", code, "encode", source, "-o", out, *options]
-        # glibc gives freed blocks back to the system at once, so that the peak shows what is kept
+        # glibc returns freed blocks to the system at once, so that the peak shows what is kept
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True, text=True)
         assert np.load(out, mmap_mode="r").shape == (lines, WIDTH)
@@ -185,7 +178,7 @@ def test_resident_memory_does_not_grow_with_the_file(folder, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from Linux' /proc")
 def test_the_benchmark_of_memory_measures_this_process_and_finds_growth(capsys):
     before = memory.memory(os.getpid())[1]
-    # from the system itself, not from what this process freed before
+    # new memory from the system, not what this process freed before
     with mmap.mmap(-1, 32 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as kept:
         kept.write(b"1" * len(kept))
         assert memory.memory(os.getpid())[1] - before > 30

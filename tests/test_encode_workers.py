@@ -1,4 +1,4 @@
-"""`--workers`: several processes, one ordered result, and one clear error where one of them fails."""
+"""`--workers`: several processes write one ordered result; if one fails, there is one clear error."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from fastbert.text.files import HEADER_BYTES
 pytestmark = pytest.mark.once
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-PATIENCE = 600  # seconds after which a process hangs: any that does not has long ended, on a busy machine too
+PATIENCE = 600  # seconds; a process that takes longer counts as hanging, on a busy machine too
 OPTIONS = {"impl": "native", "device": "cpu", "dtype": "float32"}
 
 
@@ -37,7 +37,7 @@ def sentences(count: int) -> list[str]:
 
 
 def test_vectors_come_in_order(pool, folder):
-    """Chunks of very different sizes, so that a worker overtakes the other."""
+    """Chunks of very different sizes, so that one worker overtakes the other."""
     texts, sizes = sentences(700), [300, 1, 2, 150, 0, 3, 144, 100]
     chunks = [texts[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
     before = pool.stats
@@ -51,11 +51,11 @@ def test_vectors_come_in_order(pool, folder):
     assert pool.stats.seconds > before.seconds
 
 
-def test_nothing_gives_nothing(pool):
+def test_no_chunks_give_no_vectors(pool):
     assert list(pool.encode_chunks([])) == []
 
 
-def test_the_source_is_read_a_bounded_way_ahead(pool):
+def test_the_source_is_read_only_a_few_chunks_ahead(pool):
     drawn = 0
 
     def chunks():
@@ -69,8 +69,8 @@ def test_the_source_is_read_a_bounded_way_ahead(pool):
     assert drawn == 40
 
 
-def test_the_order_holds_where_a_worker_is_slow(pool):
-    """A chunk of long texts, then many short ones, which the other worker does meanwhile."""
+def test_the_order_holds_if_a_worker_is_slow(pool):
+    """One worker has a chunk of long texts; the other computes many short ones meanwhile."""
     slow = [" ".join(LETTERS)] * 3000
     chunks = [slow, *([text] for text in sentences(9))]
     parts = list(pool.encode_chunks(chunks))
@@ -97,7 +97,7 @@ def test_a_worker_that_is_killed_is_noticed(folder):
             list(pool.encode_chunks([["a"]]))
 
 
-def test_what_loading_raised_is_raised(tmp_path):
+def test_an_error_while_loading_is_raised(tmp_path):
     with pytest.raises(CheckpointError, match="is not a model folder"):
         EncoderPool(1, tmp_path, **OPTIONS)
 
@@ -130,7 +130,7 @@ def imports_torch(pid: str) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts children in Linux' /proc")
 @pytest.mark.parametrize("when", ["starting", "encoding"])
 def test_ctrl_c_ends_all_and_leaves_nothing(when, folder, tmp_path, hearing):
-    """To every process of the group, as a terminal sends it: one line on standard error, no file, no process."""
+    """Sent to the whole process group, as by a terminal: one line on standard error, no file, no process."""
     out = tmp_path / "out.npy"
     words = ["encode", "-", "-o", out, "--model", folder, "--impl", "native", "--device", "cpu", "--workers", "2"]
     process = subprocess.Popen(
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_all_and_leaves_nothing(when, folder, tmp_path, hearing):
             time.sleep(0.02)
 
     try:
-        process.stdin.write(b"a b c\n" * 9000)  # and no end
+        process.stdin.write(b"a b c\n" * 9000)  # without an end
         process.stdin.flush()
         wait_until(lambda: list(tmp_path.iterdir()), "the output was not opened")
         if when == "encoding":
@@ -163,7 +163,7 @@ def test_ctrl_c_ends_all_and_leaves_nothing(when, folder, tmp_path, hearing):
         assert said.count("\n") == 1
         assert list(tmp_path.iterdir()) == []
         deadline = time.monotonic() + PATIENCE
-        with contextlib.suppress(ProcessLookupError):  # multiprocessing's own helper notices a moment later
+        with contextlib.suppress(ProcessLookupError):  # multiprocessing's own helper process ends a moment later
             while time.monotonic() < deadline:
                 os.killpg(process.pid, 0)
                 time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Text to vectors: the same as sentence-transformers and transformers, in input order, whatever shares the batch."""
+"""Text to vectors: equal to sentence-transformers and transformers, in input order, whatever else is in the batch."""
 
 import random
 import threading
@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, Encoder, Tokenizer
+from fastbert import BertModel, Encoder, Tokenizer
 from fastbert.encoding.encoder import resolve_device, resolve_dtype
 from fastbert.testing import assert_within_budget
 from fastbert.text import batching
+from small_bert import SPECIAL, save_bert
 
 WORDS = "the a cat dog sat ran on under mat tree and then quickly slowly red blue".split()
 TEXTS = [
@@ -37,15 +38,7 @@ def minilm() -> str:
 def tiny(tmp_path_factory) -> str:
     """A folder with a small random BERT and a vocabulary of a few words."""
     folder = tmp_path_factory.mktemp("tiny")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    return str(folder)
+    return str(save_bert(folder, [*SPECIAL, *WORDS], num_hidden_layers=3, intermediate_size=64))
 
 
 def load(folder: str, **options) -> Encoder:
@@ -74,7 +67,8 @@ def test_the_real_minilm_matches_sentence_transformers(minilm, dtype):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("dtype", ["float32", "float16"])  # fp16 stands for bf16, which the interpreter truncates
+# float16 instead of bfloat16, to which the interpreter truncates
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_real_minilm_through_the_triton_kernels(minilm, dtype):
     texts = ["A man is eating food.", "", "naïve"]
     truth = load(minilm, impl="reference", dtype=torch.float64).encode(texts)
@@ -93,23 +87,15 @@ def test_the_order_of_the_texts_changes_nothing(tiny):
 
 @pytest.mark.parametrize("budget", [1, 37, 100_000], ids=["one_text_a_batch", "small", "all_at_once"])
 def test_what_shares_the_batch_changes_nothing(tiny, budget):
-    """Beyond what the vendor's matrix product does: it may sum in another order for another number of rows."""
+    """Except rounding: the vendor's matrix product may sum in another order for another number of rows."""
     texts = sentences(60)
     encoder = load(tiny)
     alone = torch.stack([encoder.encode(text) for text in texts])
     torch.testing.assert_close(encoder.encode(texts, max_tokens_per_batch=budget), alone, atol=1e-6, rtol=1e-5)
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_batches_in_flight_change_nothing(tiny, two_threads, monkeypatch):
-    """Several batches at once give what one after another gives, and leave torch's thread count alone."""
+    """Several batches at once give the same as one by one, and torch's thread count stays."""
     encoder, texts = load(tiny), sentences(60)
     together = encoder.encode(texts, max_tokens_per_batch=40)
     assert torch.get_num_threads() == 2
@@ -117,17 +103,17 @@ def test_batches_in_flight_change_nothing(tiny, two_threads, monkeypatch):
     vectors = encoder._vectors
     monkeypatch.setattr(encoder, "_vectors", lambda batch: seen.add(threading.get_ident()) or vectors(batch))
     encoder.encode(texts, max_tokens_per_batch=40)
-    assert threading.get_ident() not in seen  # or this test shows nothing
+    assert threading.get_ident() not in seen  # otherwise this test shows nothing
     monkeypatch.setattr(batching, "IN_FLIGHT", 1)
     torch.testing.assert_close(encoder.encode(texts, max_tokens_per_batch=40), together, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("texts", [0, 1, 40, 333, 2000])
-def test_batches_for_threads_are_even_and_whole(two_threads, texts):
-    """Every text once, in order, within the budget; for threads, as many for each and all of about one size."""
+def test_batches_for_threads_are_even_and_complete(two_threads, texts):
+    """Every text once, in order, within the budget. Each thread gets as many batches, all of about one size."""
     lengths = sorted((random.Random(texts).randint(2, 64) for _ in range(texts)), reverse=True)
     order = random.Random(0).sample(range(texts), texts)
-    lengths = [length for _, length in sorted(zip(order, lengths, strict=True))]  # order sorts them
+    lengths = [length for _, length in sorted(zip(order, lengths, strict=True))]  # sorts the lengths by order
     batches = batching.even_batches(order, lengths, 512, torch.device("cpu"))
     assert [row for batch in batches for row in batch] == order
     sizes = [sum(lengths[row] for row in batch) for batch in batches]
@@ -139,7 +125,7 @@ def test_batches_for_threads_are_even_and_whole(two_threads, texts):
 
 
 def test_an_error_in_a_batch_in_flight_is_raised(tiny, two_threads, monkeypatch):
-    """The first fails while the second is computed; that one waits here until the rest is dropped."""
+    """The first batch fails while the second is computed, which waits here until the rest was dropped."""
     encoder, calls, dropped = load(tiny), [], threading.Event()
 
     class Pool(ThreadPoolExecutor):
@@ -159,7 +145,7 @@ def test_an_error_in_a_batch_in_flight_is_raised(tiny, two_threads, monkeypatch)
     with pytest.raises(RuntimeError, match="out of luck"):
         encoder.encode(sentences(400), max_tokens_per_batch=40)
     assert torch.get_num_threads() == 2
-    assert len(calls) <= 3  # what had not begun was dropped
+    assert len(calls) <= 3  # batches that had not begun were dropped
 
 
 def test_a_stream_is_the_same_in_any_chunks(tiny):
@@ -171,7 +157,7 @@ def test_a_stream_is_the_same_in_any_chunks(tiny):
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=1e-5)
 
 
-def test_a_stream_reads_one_chunk_ahead_and_no_more(tiny):
+def test_a_stream_reads_at_most_one_chunk_ahead(tiny):
     read = 0
 
     def endless():
@@ -253,7 +239,7 @@ def test_wrong_settings_say_what_was_expected(tiny, options, message):
         load(tiny, **options)
 
 
-def test_auto_resolves_to_what_the_machine_does_in_hardware(monkeypatch):
+def test_auto_is_a_dtype_that_the_machine_has_in_hardware(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

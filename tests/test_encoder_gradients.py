@@ -1,8 +1,8 @@
 """Every parameter's gradient of a whole encoder through the Triton kernels, at real widths.
 
-Two layers of MiniLM (and of BERT-base once), 16-bit and float32, dropout off and on, packed and padded: within twice
-plain torch's own error against float64. With dropout all three draw the same masks, since masks are named by (seed,
-sequence, position) and not by memory.
+Two layers of MiniLM (and of BERT-base once), 16-bit and float32, with and without dropout, packed and padded: within
+twice plain torch's own error against float64. With dropout all three draw the same masks, since a mask depends on
+(seed, sequence, position) and not on the layout in memory.
 """
 
 import pytest
@@ -24,14 +24,14 @@ def model_with(config: BertConfig, impl: str, state=None) -> BertModel:
     if state is not None:
         model.load_state_dict(state)
         return model
-    with torch.no_grad():  # beyond the start of training: attention is not uniform, every bias counts
+    with torch.no_grad():  # larger than initial ones: attention is not uniform, every bias counts
         for p in model.parameters():
             p.normal_(std=0.05) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.1)
     return model
 
 
 def gradients(model: BertModel, rows: list[list[int]], padded: bool, dy, dpooled, device) -> dict[str, torch.Tensor]:
-    torch.manual_seed(11)  # the seed of the dropout masks is drawn in the forward pass
+    torch.manual_seed(11)  # the forward pass draws the seed of the dropout masks
     model.to(device)
     if padded:
         width = max(map(len, rows)) + 3
@@ -50,7 +50,7 @@ def gradients(model: BertModel, rows: list[list[int]], padded: bool, dy, dpooled
 @pytest.mark.skipif(_device.INTERPRETING, reason="the interpreter truncates to bf16, and takes minutes for this many")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_two_hundred_tokens_of_bert_base(dtype, device):
-    """Compiled kernels at their real tiles: on a GPU, or emulated."""
+    """Compiled kernels with their real tiles, on a GPU or emulated."""
     hold("base", dtype, 0.1, False, device, lengths=(130, 1, 69))
 
 
@@ -60,7 +60,7 @@ def test_two_hundred_tokens_of_bert_base(dtype, device):
     [
         ("minilm", torch.float32, 0.0, False),
         ("minilm", torch.float32, 0.1, True),
-        ("minilm", torch.float16, 0.0, True),  # stands for bf16, which the interpreter truncates
+        ("minilm", torch.float16, 0.0, True),  # in place of bfloat16, to which the interpreter truncates
         ("minilm", torch.float16, 0.1, False),
         ("base", torch.float32, 0.1, False),
     ],
@@ -85,5 +85,5 @@ def hold(widths, dtype, dropout, padded, device, lengths=LENGTHS):
     truth, plain, ours = of("reference", torch.float64), of("reference", dtype), of("triton", dtype)
     for name, expected in truth.items():
         if name.endswith("self.key.bias"):
-            continue  # exactly zero in truth: softmax does not see a shift of all its scores
+            continue  # truly zero, because a shift of all scores does not change a softmax
         assert_within_budget(ours[name], plain[name], expected, name=name)

@@ -1,6 +1,6 @@
-"""The whole post-norm layer as one autograd node: against float64, against its operators one by one, and what it costs.
+"""The whole post-norm layer as one autograd node: against float64, against its separate operators, and its costs.
 
-Small widths with every kernel: sequences of one token, of a block of short ones, and longer than that.
+Small widths that reach every kernel: sequences of one token, of less than a block, and longer ones.
 """
 
 import copy
@@ -49,7 +49,7 @@ def pass_of(device: str, impl: str = "triton", drops: bool = False, lengths: lis
 
 
 def results(layer: BertLayer, x: torch.Tensor, dy: torch.Tensor, shared: Pass) -> dict[str, torch.Tensor]:
-    """The output, and the gradient of x and of every parameter that wants one."""
+    """The output, and the gradients of x and of every parameter that requires one."""
     x = x.detach().requires_grad_()
     leaves = {"x": x} | {name: p for name, p in layer.named_parameters() if p.requires_grad}
     y = layer(x, shared)
@@ -63,7 +63,7 @@ def inputs(device: str, dtype: torch.dtype = torch.float64, lengths: list[int] =
 
 @pytest.fixture
 def one_by_one(monkeypatch):
-    """one_by_one(f): what f() gives where every layer is composed of its operators, by the products of the kernels."""
+    """one_by_one(f): the result of f() with every layer computed by its operators, with the kernels' own products."""
 
     def compose(f):
         with monkeypatch.context() as patch:
@@ -78,7 +78,7 @@ def one_by_one(monkeypatch):
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """The number of layers that went as one operator so far, as a list of ones."""
+    """A list with an entry for each layer that was computed as one operator."""
     seen, original = [], F.encoder_layer
 
     def watched(*args, **kwargs):
@@ -103,14 +103,14 @@ def test_output_and_every_gradient(training, drops, dtype, device, nodes):
     found = results(ours, x.to(dtype), dy, pass_of(device, "triton", drops))
     assert len(nodes) == 1
     for name, expected in truth.items():
-        if not name.endswith("self.key.bias"):  # exactly zero in truth
+        if not name.endswith("self.key.bias"):  # truly zero
             assert_within_budget(found[name], plain[name], expected, name)
 
 
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_bits_are_those_of_the_operators_one_by_one(training, drops, device, nodes, one_by_one):
-    """The whole forward pass, and the gradients before two of them are summed in a product rather than after it."""
+def test_bits_equal_those_of_the_separate_operators(training, drops, device, nodes, one_by_one):
+    """The whole forward pass, and those gradients that come before two of them are summed inside a product."""
     layer, (x, dy) = layer_of(torch.float16, device, training), inputs(device, torch.float16)
     shared = pass_of(device, drops=drops)
     with torch.no_grad():
@@ -134,7 +134,7 @@ WANTED = {
     "some_of_qkv": ("attention.self.query.weight", "attention.self.value.bias"),
     "no_biases": ("x", *(name for name, p in BertLayer(CONFIG, 0).named_parameters() if p.dim() > 1)),
 }
-# products of the backward pass (activation's own included), of nine for all
+# number of products in the backward pass (the activation's included), of nine for all gradients
 PRODUCTS = {
     "nothing_but_x": 4, "last_norm": 0, "last_bias": 0, "feed_forward": 2, "first_norm": 2, "first_bias": 2,
     "some_of_qkv": 4, "no_biases": 8,
@@ -143,7 +143,7 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("wanted", WANTED)
-def test_what_is_frozen_costs_nothing_and_changes_no_bits(wanted, training, device, monkeypatch):
+def test_frozen_parameters_cost_nothing_and_change_no_bits(wanted, training, device, monkeypatch):
     layer, (x, dy) = layer_of(torch.float32, device, training), inputs(device, torch.float32)
     shared = pass_of(device)
     every = results(layer, x, dy, shared)
@@ -167,8 +167,8 @@ def test_what_is_frozen_costs_nothing_and_changes_no_bits(wanted, training, devi
             assert torch.equal(gradient, every[f"d{name}"]), name
 
 
-def test_a_layer_of_fewer_heads_than_its_width_holds(device, nodes, one_by_one):
-    """Pruned heads: q, k and v are narrower than x."""
+def test_a_layer_with_pruned_heads(device, nodes, one_by_one):
+    """q, k and v are narrower than x."""
     layer, (x, dy) = layer_of(torch.float32, device), inputs(device, torch.float32)
     for name in ("query", "key", "value"):
         linear = layer.attention["self"][name]
@@ -195,7 +195,7 @@ def test_a_sequence_keeps_its_bits_in_any_batch(device):
 
 
 def test_a_second_backward_pass_gives_the_same(device):
-    """What is summed into stays this pass's own: nothing that is saved is written to."""
+    """Buffers for sums belong to one pass: saved tensors are not written to."""
     layer, (x, dy) = layer_of(torch.float32, device), inputs(device, torch.float32)
     leaves = [x.requires_grad_(), *layer.parameters()]
     y = layer(x, pass_of(device))
@@ -203,19 +203,12 @@ def test_a_second_backward_pass_gives_the_same(device):
     assert all(map(torch.equal, first, second))
 
 
-def test_no_more_is_saved_than_by_the_operators(device, one_by_one):
+def test_no_more_is_saved_than_by_the_separate_operators(device, one_by_one, saved_by):
     layer, (x, _) = layer_of(torch.float16, device), inputs(device, torch.float16)
     shared = pass_of(device, drops=True)
 
     def saved() -> int:
-        storages = {}
-
-        def pack(t: torch.Tensor) -> torch.Tensor:
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = layer(x.detach().requires_grad_(), shared)
+        y, storages = saved_by(lambda: layer(x.detach().requires_grad_(), shared))
         storages.pop(y.untyped_storage().data_ptr(), None)
         return sum(storages.values())
 
@@ -233,7 +226,7 @@ def test_checkpointing(reentrant, device, nodes):
     x.requires_grad_()
     y = checkpoint(layer, x, shared, use_reentrant=reentrant)
     y.backward(dy)
-    # torch leaves the second of the other kind as soon as everything is saved again
+    # with the other kind, torch leaves the second pass as soon as everything is saved again
     assert len(nodes) == (3 if reentrant else 2)
     assert torch.equal(y, expected["y"])
     assert torch.equal(x.grad, expected["dx"])
@@ -272,8 +265,8 @@ class Mode(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_what_goes_by_the_operators_one_by_one(device, nodes, one_by_one):
-    """Whoever follows or changes single operators finds them there, with the same result."""
+def test_what_needs_the_separate_operators(device, nodes, one_by_one):
+    """Hooks, modes and changed modules find the separate operators, with the same result."""
     layer, (x, _) = layer_of(torch.float32, device), inputs(device, torch.float32)
     shared = pass_of(device)
     expected = one_by_one(lambda: layer(x, shared))
@@ -289,9 +282,9 @@ def test_what_goes_by_the_operators_one_by_one(device, nodes, one_by_one):
     with Mode():
         torch.testing.assert_close(run(), expected)
     torch.testing.assert_close(torch.func.functional_call(layer, dict(layer.named_parameters()), (x, shared)), expected)
-    assert len(nodes) == 1  # swaps parameters and follows nothing
+    assert len(nodes) == 1  # swaps parameters without watching operators
     nodes.clear()
-    with pytest.raises(RuntimeError, match="setup_context"):  # no operator has these
+    with pytest.raises(RuntimeError, match="setup_context"):  # no operator supports these
         torch.func.vjp(lambda t: layer(t, shared), x)
     assert not nodes
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
@@ -322,7 +315,7 @@ def test_what_goes_by_the_operators_one_by_one(device, nodes, one_by_one):
     ],
     ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
 )
-def test_what_does_not_fit_is_refused(change, reason, device):
+def test_arguments_that_do_not_fit_are_refused(change, reason, device):
     tensors = [t.detach().cpu() for t in layer_of(torch.float32, "cpu").tensors()]
     weights, options = F.LayerWeights(*tensors), F.LayerOptions(heads=2)
     x = torch.zeros(3, 32)
@@ -340,7 +333,7 @@ def test_x_that_does_not_fit_is_refused():
 
 # ---- accelerated models ----------------------------------------------------------------------------------
 
-FAMILIES = {  # prefix in transformers -> sizes, and how many of its two layers are one operator
+FAMILIES = {  # prefix in transformers -> sizes, and how many of its two layers run as one operator
     "Bert": ({"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}, 2),
     "DistilBert": ({"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}, 2),
     "MPNet": (
@@ -352,7 +345,7 @@ FAMILIES = {  # prefix in transformers -> sizes, and how many of its two layers 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_of_an_accelerated_model(family, nodes, one_by_one):
-    """Those without a bias on their scores go as one operator, with every gradient of the original."""
+    """Layers without a bias on their scores run as one operator, with every gradient of the original."""
     transformers = pytest.importorskip("transformers")
     sizes, count = FAMILIES[family]
     config = getattr(transformers, f"{family}Config")(vocab_size=60, attn_implementation="eager", **sizes)

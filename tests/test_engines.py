@@ -1,4 +1,4 @@
-"""`impl` says who computes, and `functional.engine` which of the engines behind "native" it is."""
+"""`impl` says which implementation computes; `functional.engine` names the engine behind "native"."""
 
 import sys
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def inputs_of(op: str, dtype: torch.dtype) -> dict:
-    """With more rows than our product computes where the vendor library is faster with many rows."""
+    """Inputs with more rows than the limit up to which our product computes where the vendor library is faster."""
     if op == "linear":
         made = {"x": torch.randn(75, 64), "weight": torch.randn(96, 64), "bias": torch.randn(96)}
     else:
@@ -31,7 +31,7 @@ def inputs_of(op: str, dtype: torch.dtype) -> dict:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", functional.OPERATORS)
 def test_the_engine_that_is_named_computes(op, dtype, monkeypatch):
-    """Every way into the C++ library goes through one function."""
+    """Every call into the C++ library goes through one function."""
     calls, right = [], cpp.call
     monkeypatch.setattr(cpp, "call", lambda *args: calls.append(args[0]) or right(*args))
     with torch.no_grad():
@@ -51,8 +51,8 @@ def test_engines_of_the_other_implementations():
 
 
 @pytest.mark.parametrize("impl", [None, "triton", "native", "reference"])
-def test_linear_is_computed_by_whom_impl_names(impl, monkeypatch):
-    """Asked for Triton's, it gave the vendor's without a word."""
+def test_linear_is_computed_by_the_impl_that_is_named(impl, monkeypatch):
+    """impl="triton" ran the vendor's product without a word."""
     asked = []
     monkeypatch.setattr(native, "linear", lambda *args: asked.append("native"))
     monkeypatch.setattr(_gemm, "linear", lambda *args: asked.append("triton"))
@@ -63,7 +63,7 @@ def test_linear_is_computed_by_whom_impl_names(impl, monkeypatch):
 
 
 def test_the_engine_of_linear_within_batch_invariance(monkeypatch):
-    """It named the vendor library, whose products are not called there."""
+    """It named the vendor library, although our product computes there."""
     monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: None)
     assert functional.engine("linear", torch.float32, CPU) != "our Triton kernel"
     with batch_invariant():
@@ -94,7 +94,7 @@ def device_of_info() -> torch.device:
 
 @pytest.mark.once
 def test_a_kernels_module_may_be_imported_first_while_a_graph_is_traced(tmp_path, monkeypatch):
-    """torch.compile cannot follow `import_module`: without the mark on our function a first call would break."""
+    """torch.compile cannot trace `import_module`: without the mark on our function the first call would fail."""
     (tmp_path / "new_operator.py").write_text("def twice(x):\n    return 2 * x\n")
     monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
     whole = torch.compile(lambda x: triton_module("new_operator").twice(x), fullgraph=True, backend="eager")

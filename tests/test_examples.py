@@ -1,4 +1,4 @@
-"""Every program under examples/ runs, in a process of its own, on a machine with no network."""
+"""Every program in examples/ runs, in a process of its own, without a network."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ def test_example_runs(name):
         pytest.skip(f"examples/{name}.py needs {', '.join(missing)}; `make engines` installs Ray and Spark")
     if name == "corpus_spark" and shutil.which("java") is None:
         pytest.skip("Spark needs Java, and there is no java on PATH")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # as a user would run it
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # as a user runs it
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py"], env=environment, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""The package's tensors do not depend on torch's default dtype and default device, which belong to the program."""
+"""The package's tensors do not depend on torch's default dtype and device, which belong to the user's program."""
 
 import ast
 from pathlib import Path
@@ -12,8 +12,8 @@ pytestmark = pytest.mark.once
 
 PACKAGE = Path(fastbert.__file__).parent
 KERNELS = PACKAGE.parent / "kernels"
-# What torch makes where and as its defaults say: its own list of what `with torch.device(...)` changes, less what makes
-# no ordinary tensor.
+# Functions whose tensors depend on the defaults: torch's list for `with torch.device(...)`, without those in OTHERS,
+# which make no ordinary tensor.
 OTHERS = {"nested_tensor", "empty_quantized"}
 FACTORIES = {function.__name__ for function in _device._device_constructors()} - OTHERS
 
@@ -34,8 +34,8 @@ def unnamed(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted({*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")}), ids=lambda p: p.stem)
 def test_every_factory_names_dtype_and_device(path):
-    """Buffers for the C++ operators were once made with torch's defaults: under `set_default_dtype(torch.float64)` or
-    `with torch.device("meta")` the operators wrote past their end, or gave gradients of 1.6e19."""
+    """Buffers for the C++ operators were made with torch's defaults: under `set_default_dtype(torch.float64)` or `with
+    torch.device("meta")` the operators wrote past their end, or gave gradients of 1.6e19."""
     assert not unnamed(path.read_text())
 
 
@@ -51,7 +51,7 @@ def test_every_factory_names_dtype_and_device(path):
         "torch.as_tensor(x)",
     ],
 )
-def test_a_call_that_leaves_one_of_them_out_is_found(call):
+def test_a_call_without_dtype_or_device_is_found(call):
     assert unnamed(f"y = f({call})")
 
 
@@ -59,5 +59,5 @@ def test_a_call_that_leaves_one_of_them_out_is_found(call):
     "call",
     ["torch.empty(3, dtype=d, device=e)", "torch.zeros_like(x)", "x.new_empty(3)", "torch.full((1,), 2, **host)"],
 )
-def test_other_calls_are_not(call):
+def test_other_calls_are_not_found(call):
     assert not unnamed(f"y = f({call})")

@@ -1,4 +1,4 @@
-"""The GEMM with its epilogues, linear_act and feed_forward on it, against float64 by the error budget."""
+"""The matrix product with its epilogues, and linear_act and feed_forward, against float64 within the error budget."""
 
 import math
 
@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def invariantly(function):
-    """The function with our GEMM in every place where the vendor's may stand."""
+    """The function with our matrix product wherever the vendor's may be used."""
 
     def run(*args, **kwargs):
         with batch_invariant():
@@ -33,11 +33,11 @@ def invariantly(function):
     return run
 
 
-# hidden, heads, intermediate; each here for a reason
+# hidden, heads, intermediate; lengths
 SHAPES = {
     "no_block_divides": (ModelShape(40, 1, 88, 1), [5, 128, 1, 77]),
     "one_token": (ModelShape(64, 2, 128, 1), [1]),
-    "odd_rows_of_bytes": (ModelShape(41, 1, 51, 1), [35]),  # 82-byte rows: no bulk copies, no wide loads
+    "odd_rows_of_bytes": (ModelShape(41, 1, 51, 1), [35]),  # rows of 82 bytes: no bulk copies, no wide loads
     "several_tiles_each_way": (ModelShape(72, 2, 264, 1), [140]),
     "no_tokens": (ModelShape(32, 1, 64, 1), [0]),
 }
@@ -87,7 +87,7 @@ def test_no_biases(device):
     assert_op("linear_act", testing.linear_act_inputs(MODELS["tiny"], [35], bias=False), torch.float16, device)
 
 
-# ---- the kernels at configs of their own -----------------------------------------------------------------
+# ---- the kernels with configs of the tests ---------------------------------------------------------------
 
 CONFIGS = {
     "pointers": GemmConfig(32, 32, 16, slice_n=32),
@@ -97,7 +97,7 @@ CONFIGS = {
 
 
 def matrices(layout, m, n, k, dtype, device):
-    """a, b as the layout wants them, and the float64 truth of their product and torch's own."""
+    """a, b in this layout, their true product in float64, and torch's product."""
     a = torch.randn(m, k, device=device, dtype=dtype)
     b = torch.randn(n, k, device=device, dtype=dtype) / math.sqrt(k)
     truth, plain = a.double() @ b.double().t(), a @ b.t()
@@ -117,7 +117,7 @@ def test_gemm_layouts(layout, config, dtype, device):
     total = torch.randn(40, 104, device=device)
     expected = total.double() + truth
     _gemm.gemm(a, b, None, layout, CONFIGS[config], out=total, accumulate=True)
-    # inputs in 16 bits, sums in 32: the error of float32, not of the inputs' dtype
+    # 16-bit inputs, float32 sums: the budget is float32's error, not that of the inputs' dtype
     assert_within_budget(total, expected.float(), expected, "accumulated", factor=8.0)
 
 
@@ -152,7 +152,7 @@ def test_gemm_epilogues(activation, config, dtype, device):
     assert_within_budget(dbias, plain[1].sum(0), truth[1].sum(0), "dbias", factor)
 
 
-def test_what_the_backward_epilogue_is_not_asked_for(device):
+def test_unwanted_results_of_the_backward_epilogue_are_none(device):
     dy, down, _, _ = matrices("nn", 40, 48, 32, torch.float16, device)
     h = torch.randn(40, 48, device=device, dtype=torch.float16)
     dh, a, dbias = _gemm.gemm_dact(dy, down, h, "relu", CONFIGS["pointers"], False, False)
@@ -164,7 +164,7 @@ def test_what_the_backward_epilogue_is_not_asked_for(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_alone(activation, dtype, device):
-    """Values and derivatives from -30 to 30 and at 0, where the tails of a cheap GELU would show."""
+    """Values and derivatives from -30 to 30 and at 0: the tails of an approximate GELU would show."""
     h = torch.cat((torch.linspace(-30, 30, 1199), torch.linspace(-4, 4, 1200), torch.zeros(1))).to(device, dtype)
     h = (torch.cat((h, h.flip(0) + 1)) if activation == "geglu" else h)[None]
     a = feed_forward._activate(h, activation)
@@ -180,7 +180,7 @@ def test_activation_alone(activation, dtype, device):
             out = reference.activate(leaf, activation)
             both.append((out, *torch.autograd.grad(out, leaf, g.to(working)))[index])
         assert_within_budget(ours, *both, name)
-    # far out the tails are 0 and the identity, not a polynomial
+    # far from 0 the function is exactly 0 or the identity
     if activation in ("gelu", "gelu_tanh"):
         far = torch.tensor([[-1e4, 1e4, -60.0, 60.0]], device=device, dtype=dtype)
         assert torch.equal(feed_forward._activate(far, activation), far.clamp(min=0.0))
@@ -188,11 +188,11 @@ def test_activation_alone(activation, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activation_of_what_is_not_finite(activation, dtype, device):
-    """An overflow must show as it does in torch: GELU of -inf is -inf * 0, a NaN, and no NaN becomes a number.
+def test_activations_of_infinity_and_nan(activation, dtype, device):
+    """An overflow must show as in torch: GELU of -inf is -inf * 0, a NaN, and a NaN stays NaN.
 
-    The 16-bit GELU once made 0 of -inf, and on a GPU, whose minimum and maximum drop NaN, 0 of NaN. Expected is what
-    torch makes of float64, as its GELU for CPUs in float32 and bfloat16 makes NaN of +inf.
+    The 16-bit GELU made 0 of -inf, and on a GPU, whose minimum and maximum drop NaN, 0 of NaN. The expected values are
+    torch's in float64, since torch's float32 and bfloat16 GELU for CPUs makes NaN of +inf.
     """
     h = torch.tensor([[-math.inf, math.inf, math.nan, -1.0, 1.0]], device=device, dtype=dtype)
     h = torch.cat((h, torch.full_like(h, 2.0)), dim=1) if activation == "geglu" else h
@@ -208,7 +208,7 @@ def test_activation_of_what_is_not_finite(activation, dtype, device):
 
 
 def test_gelu_tail():
-    """The polynomial that stands for erf in 16 bits, to the accuracy that its comment claims."""
+    """The 16-bit polynomial in place of erf has the accuracy that its comment claims."""
     x = torch.linspace(0, 6, 6001, dtype=torch.float64)
     p = torch.zeros_like(x)
     for n in range(7, 0, -1):
@@ -232,7 +232,7 @@ def clone_inputs(inputs, dtype, device):
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_recompute_changes_no_bit(activation, dtype, device):
-    """`recompute` trades memory for time and nothing else; and it does not hold the pre-activation."""
+    """`recompute` only trades memory for time, and does not keep the pre-activation."""
     results = []
     for recompute in (False, True):
         inputs = clone_inputs(testing.feed_forward_inputs(MODELS["tiny"], [70], activation=activation), dtype, device)
@@ -246,8 +246,8 @@ def test_recompute_changes_no_bit(activation, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_rows_do_not_know_their_batch(dtype, device):
-    """Batch-invariant: a row's output and its gradient have the same bits alone and among others."""
+def test_rows_do_not_depend_on_their_batch(dtype, device):
+    """Batch-invariant: a row's output and gradient have the same bits alone and among others."""
     inputs = clone_inputs(testing.feed_forward_inputs(MODELS["tiny"], [140]), dtype, device)
     x = inputs.pop("x")
     dy = torch.randn(x.shape, device=device).to(dtype)
@@ -290,7 +290,7 @@ NON_CONTIGUOUS = {
 
 @pytest.mark.parametrize("view", NON_CONTIGUOUS)
 def test_views(view, device):
-    """Strided x, weights and upstream gradient give what their copies give."""
+    """Strided x, weights and upstream gradients give the results of contiguous copies."""
     inputs = clone_inputs(testing.feed_forward_inputs(MODELS["tiny"], [70]), torch.float16, device)
     strided = {
         k: NON_CONTIGUOUS[view](v.detach()).requires_grad_() if k in ("x", "up_weight", "down_weight") else v
@@ -307,7 +307,7 @@ def test_views(view, device):
 
 
 def test_expanded_gradient_and_leading_dimensions(device):
-    """x [2, 35, C] with the gradient of a sum, whose strides are all zero."""
+    """x [2, 35, C] with the gradient of a sum, whose strides are zero."""
     inputs = clone_inputs(testing.feed_forward_inputs(MODELS["tiny"], [70]), torch.float16, device)
     leaves = [t for t in inputs.values() if isinstance(t, torch.Tensor)]
     y = feed_forward.feed_forward(**inputs | {"x": inputs["x"].view(2, 35, -1)})
@@ -321,7 +321,7 @@ def test_expanded_gradient_and_leading_dimensions(device):
 
 @pytest.mark.parametrize("wanted", ["x", "up_weight", "up_bias", "down_weight", "down_bias"])
 def test_one_gradient_alone(wanted, device):
-    """Frozen parameters: each gradient is the same when no other is asked for."""
+    """Frozen parameters: a single gradient equals the one computed with the others."""
     inputs = clone_inputs(testing.feed_forward_inputs(MODELS["tiny"], [35]), torch.float16, device)
     y = feed_forward.feed_forward(**inputs)
     dy = torch.randn_like(y)
@@ -331,7 +331,7 @@ def test_one_gradient_alone(wanted, device):
 
 
 def test_offsets_past_two_billion(tmp_path, device):
-    """Rows 2^24 elements apart, the last ones past int32's reach; a sparse file stands for the memory between them."""
+    """Rows are 2^24 elements apart, so that the last ones need more than int32; the memory is a sparse file."""
     rows, stride, width, n = 130, 2**24 + 64, 64, 32
     size = rows * stride
     if device == "cuda":
@@ -352,7 +352,7 @@ def test_offsets_past_two_billion(tmp_path, device):
 
 
 def test_autocast(device):
-    """As F.linear: computed in autocast's dtype whatever the parameters' one; gradients in the parameters' dtype."""
+    """As F.linear: computes in autocast's dtype, and gives gradients in the parameters' dtype."""
     inputs = clone_inputs(testing.feed_forward_inputs(MODELS["tiny"], [35]), torch.float32, device)
     leaves = [t for t in inputs.values() if isinstance(t, torch.Tensor)]
     with torch.autocast(device, dtype=torch.float16):
@@ -366,7 +366,7 @@ def test_autocast(device):
 
 
 def test_compiles_once_for_all_lengths(device):
-    """fullgraph, dynamic rows: one graph forward, none per length; the same bits as eager."""
+    """fullgraph with dynamic rows gives one forward graph for all lengths, and the bits of eager mode."""
     inputs = clone_inputs(testing.feed_forward_inputs(MODELS["tiny"], [0]), torch.float16, device)
     del inputs["x"]
     leaves = [t for t in inputs.values() if isinstance(t, torch.Tensor)]
@@ -407,7 +407,7 @@ def test_exports(device):
 
 
 def operators(device):
-    """Every registered operator with arguments."""
+    """Every registered operator with its arguments."""
     inputs = testing.feed_forward_inputs(MODELS["tiny"], [35], activation="geglu")
     inputs = {k: v.detach() for k, v in clone_inputs(inputs, torch.float16, device).items() if hasattr(v, "detach")}
     x, up, up_bias, down, down_bias = inputs.values()

@@ -1,4 +1,4 @@
-"""`fastbert fill-mask`: the words, their order, and what is said where there is nothing to fill."""
+"""`fastbert fill-mask`: the words, their order, and the errors."""
 
 import io
 import json
@@ -10,28 +10,23 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import BertConfig, BertModel
+from fastbert import BertModel
 from fastbert.checkpoint import CheckpointError
 from fastbert.cli.main import main
 from fastbert.encoding.masks import MaskFiller
+from small_bert import LETTERS, save_bert
 
 pytestmark = pytest.mark.once
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "ä"]
+WORDS = [*LETTERS, "ä"]
 TEXTS = ["a [MASK] c", "[MASK] b [MASK] d e f", "x [MASK]"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A model with random weights and a position table of 12."""
-    folder = tmp_path_factory.mktemp("words")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=12, initializer_range=0.5,
-    )  # fmt: skip
-    fastbert.BertForMaskedLM(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    sizes = {"vocab_size": 40, "max_position_embeddings": 12, "initializer_range": 0.5}
+    folder = save_bert(tmp_path_factory.mktemp("words"), WORDS, fastbert.BertForMaskedLM, **sizes)
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "tokenizer_class": "BertTokenizer"}')
     return folder
 
@@ -42,7 +37,7 @@ def options(folder) -> list[str]:
 
 
 def test_words_and_scores_are_those_of_transformers(folder):
-    """The model has more rows than the vocabulary has words, as padded ones do: those are never given."""
+    """The model has more rows than the vocabulary has words, as if padded: these rows are never answers."""
     transformers = pytest.importorskip("transformers", reason="compared with transformers")
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
     filler = MaskFiller.from_pretrained(folder, dtype="float32", device="cpu", impl="native")
@@ -59,7 +54,7 @@ def test_words_and_scores_are_those_of_transformers(folder):
 
 
 def test_lines_come_in_their_order(tmp_path, folder, options, capsysbinary, monkeypatch):
-    """From a file, from standard input and from a field; in chunks; to standard output and to a file."""
+    """From a file, standard input and a field, in chunks, to standard output and a file."""
     monkeypatch.setattr("fastbert.cli.fill_mask.LINES", 2)
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(TEXTS) + "\n")
@@ -98,7 +93,7 @@ def test_lines_come_in_their_order(tmp_path, folder, options, capsysbinary, monk
         (["a [MASK]"], ["--top-k", "0"], "expected a whole number from 1 up"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(tmp_path, options, capsys, lines, more, message):
+def test_errors_are_one_line(tmp_path, options, capsys, lines, more, message):
     file, out = tmp_path / "texts.txt", tmp_path / "out.jsonl"
     file.write_text("\n".join(lines) + "\n")
     arguments = ["fill-mask", str(file), "-o", str(out), *options, *more]
@@ -114,7 +109,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, options, capsys, lines, mor
 
 
 def test_a_model_without_the_head_is_refused(tmp_path, folder, options, capsys):
-    """Its words would be noise: a head that was just drawn."""
+    """The words of a head with random weights would be noise."""
     plain = tmp_path / "plain"
     BertModel(fastbert.BertForMaskedLM.from_pretrained(folder).config).save_pretrained(plain)
     for name in ("vocab.txt", "tokenizer_config.json"):

@@ -1,4 +1,4 @@
-"""Checkpoints in archives: opened like their folder, unpacked once, and nothing written outside of it."""
+"""Checkpoints in archives: opened like their folder, unpacked once; nothing is written outside the temporary folder."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def zip_of(path: Path, folder: Path, inside: str) -> Path:
 
 @pytest.mark.parametrize("inside", ["", "uncased_L-2_H-32_A-2/"])
 def test_a_zip_opens_like_its_folder(google, inside):
-    """The name that says how to tokenise is the archive's, or the folder's in it."""
+    """The name that tells how to tokenise is that of the archive, or of the folder in it."""
     path = zip_of(google.parent / ("bert.zip" if inside else "uncased_L-2_H-32_A-2.zip"), google, inside)
     convert(path, google.parent / "out", say=lambda line: None)
     convert(google, google.parent / "expected", lower_case=True, say=lambda line: None)
@@ -105,8 +105,8 @@ def test_a_damaged_archive_is_one_line(name, google):
     assert "\n" not in str(error.value)
 
 
-def test_a_truncated_archive_with_an_archive_inside_is_not_taken_for_that(google):
-    """pytorch_model.bin is a zip file itself, and so is an .npz: Python finds the end of that one."""
+def test_a_truncated_archive_is_not_mistaken_for_an_archive_in_it(google):
+    """pytorch_model.bin and .npz are zip files too, and Python would find their end instead."""
     whole = google.parent / "x.zip"
     with zipfile.ZipFile(google.parent / "inner.zip", "w") as inner:
         inner.write(google / "bert_config.json", "config.json")
@@ -118,8 +118,8 @@ def test_a_truncated_archive_with_an_archive_inside_is_not_taken_for_that(google
         convert(whole, google.parent / "out", say=lambda line: None)
 
 
-def test_what_is_wrong_inside_an_archive_is_told_of_the_archive(google, capsys):
-    """And not of the temporary folder that it is unpacked into."""
+def test_errors_inside_an_archive_name_the_archive(google, capsys):
+    """They do not name the temporary folder."""
     with zipfile.ZipFile(google.parent / "x.zip", "w") as archive:
         for path in google.iterdir():
             if path.name != "bert_config.json":
@@ -129,7 +129,7 @@ def test_what_is_wrong_inside_an_archive_is_told_of_the_archive(google, capsys):
     assert f"{google.parent / 'x.zip' / 'bert_model.ckpt'}: there is no bert_config.json" in error
 
 
-def test_what_is_not_supported_in_an_archive_is_told_of_the_archive(ours):
+def test_errors_of_unsupported_modules_name_the_archive(ours):
     modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in
                (("Transformer", ""), ("CNN", "1_CNN"))]  # fmt: skip
     (ours / "modules.json").write_text(json.dumps(modules))
@@ -138,7 +138,7 @@ def test_what_is_not_supported_in_an_archive_is_told_of_the_archive(ours):
         Encoder.from_pretrained(path, device="cpu")
 
 
-def test_a_vocabulary_without_its_special_tokens_is_told_of_the_source(google):
+def test_errors_of_a_vocabulary_name_the_archive(google):
     (google / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(
         CheckpointError, match=r"bert_model\.ckpt: the vocabulary is not a BERT vocabulary: it lacks \[UNK\]"
@@ -148,7 +148,7 @@ def test_a_vocabulary_without_its_special_tokens_is_told_of_the_source(google):
 
 
 def test_a_flipped_byte_in_an_archive_is_found(google):
-    """Gzip's checksum is after all members, in a place that need not be read to get them."""
+    """Gzip's checksum comes after all members, where a reader of the members need not look."""
     paths = google.parent / "x.tar.gz", google.parent / "x.zip"
     with tarfile.open(paths[0], "w:gz", compresslevel=0) as file:
         file.add(google, "bert")

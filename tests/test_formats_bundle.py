@@ -1,4 +1,4 @@
-"""TensorFlow's checkpoint files: read, written, and found out where they are damaged."""
+"""TensorFlow's checkpoint files are read and written, and damage is found."""
 
 import struct
 from pathlib import Path
@@ -45,14 +45,14 @@ def test_crc_has_the_published_values(data, crc):
 
 @pytest.mark.parametrize("size", [1, 7, 63, 64, 65, 4095, 32768, 32769, 70001])
 def test_crc_of_any_length_is_that_of_the_definition(size):
-    """Lanes of 64 and of 512 bytes, whole and filled up."""
+    """Lanes of 64 and of 512 bytes, full and partly filled."""
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     assert crc32c(data) == crc_by_bits(data.tobytes())
 
 
 @pytest.mark.parametrize("size", [2**21, 2**22 + 3])
 def test_crc_of_several_blocks_is_that_of_their_joint_bytes(size):
-    """A block is 2 MiB. The definition a byte at a time, by a table of its own."""
+    """A block is 2 MiB. The definition is computed byte by byte, with a table of its own."""
     table = [crc_by_bits(bytes([byte])) ^ crc_by_bits(b"\x00") for byte in range(256)]
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
     register = 0xFFFFFFFF
@@ -83,7 +83,7 @@ def test_reads_what_tensorflow_wrote():
 
 
 def many_tensors() -> list[tuple[str, torch.Tensor]]:
-    """Every type, a scalar, nothing at all, a byte that puts all after it at odd addresses, and several blocks."""
+    """Every type, a scalar, an empty tensor, a byte that puts the rest at odd addresses, several blocks of index."""
     draw = torch.Generator().manual_seed(0)
     tensors = [
         ("one_byte", torch.tensor([7], dtype=torch.uint8)),
@@ -130,7 +130,7 @@ def test_tensorflow_reads_what_we_write(tmp_path):
         assert torch.equal(got, t.double()), name
 
 
-def test_what_cannot_be_written_is_said(tmp_path):
+def test_tensors_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'a' comes twice"):
         write_bundle(tmp_path / "x", [("a", torch.ones(1)), ("a", torch.ones(1))])
     with pytest.raises(ValueError, match="no type for a"):
@@ -164,8 +164,8 @@ def test_an_index_cut_anywhere_is_refused(bundle):
 
 
 def test_every_flipped_byte_of_an_index_is_found(bundle):
-    """Of the blocks by their checksums, of the footer because it then leads to no block. What the footer has between
-    its handles and its magic number, and the meta block that it leads to, hold nothing that is read."""
+    """Checksums protect the blocks; a damaged footer leads to no block. Two parts hold nothing that is read: the bytes
+    between the footer's handles and its magic number, and the meta block."""
     whole = index_of(bundle).read_bytes()
     before = {name: v.read() for name, v in read_bundle(bundle).items()}
     for at in range(len(whole)):
@@ -207,12 +207,12 @@ def test_a_missing_or_short_shard_is_named(bundle):
 
 
 def rewritten(prefix: Path, old: bytes, new: bytes) -> None:
-    """The index with bytes changed in its first block, and that block's checksum made right again."""
+    """Changes bytes in the index's first block, and corrects the block's checksum."""
     table = bytearray(index_of(prefix).read_bytes())
     at = table.index(old)
     table[at : at + len(old)] = new
     footer, handle, shift = table[-48:], 0, 0
-    for byte in footer[:10]:  # the footer begins with the offset of the meta block, where the one data block ends
+    for byte in footer[:10]:  # the footer begins with the offset of the meta block, where the data block ends
         handle |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
@@ -243,7 +243,7 @@ def test_snappy_is_refused_by_name(tmp_path):
 
 
 def block_with_type(table: bytes) -> bytes:
-    """The first block and its type byte: what its checksum is of."""
+    """The first block and its type byte, which its checksum covers."""
     for end in range(1, len(table) - 4):
         if struct.unpack("<I", table[end : end + 4])[0] == masked(crc32c(table[:end])):
             return table[:end]
@@ -251,11 +251,11 @@ def block_with_type(table: bytes) -> bytes:
 
 
 def test_partitioned_variables_are_refused_by_name(tmp_path):
-    """A BundleEntryProto with a field 7 is the whole of a variable whose parts lie under keys of their own, which begin
-    with a byte 0 and are no text."""
+    """A BundleEntryProto with field 7 is the whole of a variable whose parts have keys of their own, which begin with a
+    byte 0 and are not text."""
     write_bundle(tmp_path / "x", [("parted", torch.ones(1)), ("\x00parted", torch.ones(1, 1))])
     rewritten(tmp_path / "x", b"\x00parted", b"\x00\xffarted")
-    # the field of the offset, which is left out at 0, leaves room for none; the shape's one axis becomes a slice
+    # the field of the offset, which is absent for 0, leaves no room; the shape's one axis becomes a slice
     rewritten(tmp_path / "x", b"\x12\x04\x12\x02\x08\x01", b"\x3a\x04\x0a\x02\x08\x00")
     with pytest.raises(CheckpointError, match=r"x\.index: parted is partitioned into 1 slices, which is not read$"):
         read_bundle(tmp_path / "x")

@@ -1,4 +1,4 @@
-"""`fastbert convert`: what it prints and writes, from folders and archives, and that it writes nothing on an error."""
+"""`fastbert convert`: what it prints and writes, from folders and archives; after an error it has written nothing."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_list_prints_every_variable_and_writes_nothing(google, capsys):
     assert names_in(google.parent) == {"bert"}
 
 
-def test_list_of_what_cannot_be_converted_lists_and_then_fails(google, capsys):
+def test_list_prints_the_variables_even_if_they_cannot_be_converted(google, capsys):
     write_bundle(google / "bert_model.ckpt", [("bert/embeddings/word_embeddings", torch.zeros(60, 32))])
     assert main(["convert", "--list", str(google)]) == 1
     captured = capsys.readouterr()
@@ -76,7 +76,7 @@ def test_either_a_folder_or_list(google, arguments, capsys):
     assert "give either -o FOLDER or --list" in capsys.readouterr().err
 
 
-def test_lower_casing_is_asked_for_and_never_guessed(google, capsys):
+def test_lower_casing_is_never_guessed(google, capsys):
     out = google.parent / "out"
     assert main(["convert", str(google), "-o", str(out)]) == 1
     assert "give --lower-case or --no-lower-case" in capsys.readouterr().err
@@ -85,7 +85,7 @@ def test_lower_casing_is_asked_for_and_never_guessed(google, capsys):
         Tokenizer.from_pretrained(google)
     with pytest.raises(CheckpointError, match="does not say whether its tokenizer lower-cases"):
         Encoder.from_pretrained(google)
-    BertModel.from_pretrained(google)  # which has no tokenizer
+    BertModel.from_pretrained(google)  # a model without a tokenizer
     named = google.rename(google.with_name("multi_cased_L-2_H-32_A-2"))
     assert main(["convert", str(named), "-o", str(out)]) == 0
     assert json.loads((out / "tokenizer_config.json").read_text())["do_lower_case"] is False
@@ -111,7 +111,7 @@ def ours(google) -> Path:
     return as_transformers_writes(google)
 
 
-def test_a_folder_with_only_a_vocabulary_keeps_the_case_that_was_asked_for(ours):
+def test_a_folder_with_only_a_vocabulary_keeps_the_given_case(ours):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (ours / name).unlink()
     (ours / "added_tokens.json").write_text('{"[new]": 60}')
@@ -136,7 +136,7 @@ def test_a_sentencepiece_tokenizers_own_settings_are_kept(ours):
 
 
 def add_modules(folder: Path, *modules: tuple[str, str]) -> None:
-    """modules.json of sentence-transformers after its Transformer: (kind, path) each."""
+    """Writes modules.json of sentence-transformers: (kind, path) of each module after the Transformer."""
     listed = [("Transformer", ""), *modules]
     (folder / "modules.json").write_text(
         json.dumps([{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in listed])
@@ -157,7 +157,7 @@ def test_sentence_transformers_folders_give_the_same_vectors(ours):
     assert not torch.allclose(expected, plain, atol=1e-3)
 
 
-def test_what_is_computed_after_bert_comes_along(ours):
+def test_modules_after_bert_are_kept(ours):
     add_modules(ours, ("Pooling", "1_Pooling"), ("Asym", "2_Asym"), ("Normalize", "3_Normalize"))
     width = BertModel.from_pretrained(ours).config.hidden_size
     dense = ours / "2_Asym" / "140_Dense"
@@ -175,7 +175,7 @@ def test_what_is_computed_after_bert_comes_along(ours):
 
 
 def test_an_encoder_in_a_folder_of_its_own_moves_to_the_root(ours):
-    """As sentence-transformers wrote folders before version 2."""
+    """sentence-transformers before version 2 wrote such folders."""
     add_modules(ours, ("Pooling", "1_Pooling"))
     inside = ours / "0_Transformer"
     inside.mkdir()
@@ -210,7 +210,7 @@ def test_modules_that_would_be_lost_are_refused(ours, modules, message):
 
 
 @pytest.mark.parametrize("modules", ["[]", "{}", "[1]", '[{"type": "sentence_transformers.models.Pooling"}]'])
-def test_a_list_of_modules_that_is_none(ours, modules):
+def test_invalid_lists_of_modules_are_refused(ours, modules):
     (ours / "modules.json").write_text(modules)
     with pytest.raises(CheckpointError, match="must list one module or more, each with a type and a path"):
         convert(ours, ours.parent / "out", say=lambda line: None)
@@ -227,7 +227,7 @@ def test_a_list_of_modules_that_is_none(ours, modules):
         ({"structure": {"query": ["bert", "bert"]}}, "the route 'query' has the Transformer bert twice"),
     ],
 )
-def test_a_router_that_is_none(ours, changes, message):
+def test_invalid_routers_are_refused(ours, changes, message):
     folder = ours.parent / "routed"
     shutil.copytree(ours, folder / "bert")
     (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Router", "path": ""}]')
@@ -239,7 +239,7 @@ def test_a_router_that_is_none(ours, changes, message):
         convert(folder, ours.parent / "out", say=lambda line: None)
 
 
-def test_to_tensorflow_takes_the_vocabulary_out_of_a_tokenizer_json(ours):
+def test_to_tensorflow_takes_the_vocabulary_from_a_tokenizer_json(ours):
     (ours / "vocab.txt").unlink()
     add_modules(ours, ("Pooling", "1_Pooling"))
     lines = []
@@ -248,7 +248,7 @@ def test_to_tensorflow_takes_the_vocabulary_out_of_a_tokenizer_json(ours):
     assert any("modules.json says is not written" in line for line in lines)
 
 
-# ---- whole or not at all ---------------------------------------------------------------------------------
+# ---- all or nothing --------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
@@ -277,17 +277,17 @@ def test_damage_is_one_line_and_nothing_is_written(damage, google, capsys):
     assert names_in(google.parent) == {"bert"}
 
 
-def test_what_is_there_is_not_overwritten(google):
+def test_existing_files_are_not_overwritten(google):
     out = google.parent / "out"
     out.mkdir()
-    convert(google, out, lower_case=True, say=lambda line: None)  # an empty folder is as good as none
+    convert(google, out, lower_case=True, say=lambda line: None)  # an empty folder is allowed
     before = (out / "model.safetensors").stat()
     with pytest.raises(CheckpointError, match="exists, and is no empty folder"):
         convert(google, out, lower_case=True, say=lambda line: None)
     assert (out / "model.safetensors").stat() == before
 
 
-def test_the_folder_may_be_the_one_the_user_is_in(google, monkeypatch):
+def test_the_folder_may_be_the_current_one(google, monkeypatch):
     (google.parent / "out").mkdir()
     monkeypatch.chdir(google.parent / "out")
     convert(google, ".", lower_case=True, say=lambda line: None)
@@ -315,7 +315,7 @@ def test_an_interruption_leaves_nothing(google, monkeypatch):
 # ---- the safetensors writer ------------------------------------------------------------------------------
 
 
-def test_safetensors_are_written_byte_for_byte_as_by_their_own_library(tmp_path):
+def test_safetensors_have_the_bytes_that_their_own_library_writes(tmp_path):
     tensors = {
         "b": torch.arange(12.0).reshape(3, 4), "half": torch.ones(5).half(), "double": torch.ones(2).double(),
         "ü": torch.ones(3, dtype=torch.int64), "c": torch.ones(4).bfloat16(), "empty": torch.zeros(0, 3),

@@ -1,4 +1,4 @@
-"""Formats whose files are built here from their description: what is read is what was put in."""
+"""Formats whose files are built here from their description: reading returns what was written."""
 
 import json
 import pickle
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.once
 
 
 def numbered(state: dict[str, torch.Tensor], scope: str, heads_axis: bool) -> dict[str, torch.Tensor]:
-    """The names and shapes of tf-models-official 2.0 to 2.3, by transformers' former conversion script, reversed."""
+    """Names and shapes of tf-models-official 2.0 to 2.3: transformers' former conversion script, reversed."""
     ending = "/.ATTRIBUTES/VARIABLE_VALUE"
     parts = {"query": "_query_dense", "key": "_key_dense", "value": "_value_dense"}
     out = {}
@@ -78,7 +78,7 @@ PARTS_OF_2019 = {
 
 @pytest.mark.parametrize("scope", ["", "model/layer_with_weights-0/"])
 def test_the_model_garden_of_2019(scope, tmp_path):
-    """By the names in the code of tf-models-official before 2.1, where all of BERT is one layer of Keras."""
+    """Names as in the code of tf-models-official before 2.1, where all of BERT is one Keras layer."""
     variables = {}
     for name, t in encoder_of(weights()).items():
         module, leaf = name.removeprefix("bert.").rsplit(".", 1)
@@ -98,8 +98,8 @@ def test_the_model_garden_of_2019(scope, tmp_path):
 
 
 def test_variables_that_are_only_numbered(tmp_path):
-    """A TF-Hub module is refused without the graph that names its variables, and with a damaged one: names that change
-    places in it would put each weight into the other's."""
+    """A TF-Hub module without the graph that names its variables is refused, and so is a damaged graph: exchanged names
+    would put weights in each other's place."""
     read = read_bundle(FIXTURES / "tf_hub" / "variables" / "variables")
     variables = {name: v.read() for name, v in read.items() if v.dtype is not None}
     folder = write_google_folder(tmp_path / "x", variables)
@@ -140,8 +140,8 @@ def test_the_model_gardens_numbered_parts(scope, heads_axis, tmp_path):
     assert_same_weights(folder, encoder_of(weights()))
 
 
-def test_a_tf_hub_module_says_its_heads_and_its_case(tmp_path):
-    """A SavedModel has no bert_config.json: the axis of heads tells their number, a variable whether to lower-case."""
+def test_a_tf_hub_module_tells_its_heads_and_its_case(tmp_path):
+    """A SavedModel has no bert_config.json: an axis gives the number of heads, a variable whether to lower-case."""
     variables = numbered(weights(), "", True)
     variables["do_lower_case/.ATTRIBUTES/VARIABLE_VALUE"] = torch.tensor(False)
     folder = tmp_path / "bert_en"
@@ -165,7 +165,7 @@ def test_a_tf_hub_module_says_its_heads_and_its_case(tmp_path):
 
 
 def paddle_state(state: dict[str, torch.Tensor], *, bert: str = "bert.") -> dict[str, np.ndarray]:
-    """The names of paddlenlp.transformers.BertForPretraining; its linear layers have [in, out]."""
+    """Names of paddlenlp.transformers.BertForPretraining, whose linear layers are [in, out]."""
     renames = (
         ("attention.self.query", "self_attn.q_proj"), ("attention.self.key", "self_attn.k_proj"),
         ("attention.self.value", "self_attn.v_proj"), ("attention.output.dense", "self_attn.out_proj"),
@@ -226,7 +226,7 @@ def test_a_paddle_pickle_runs_no_code(tmp_path):
 
 
 def gguf_of(path: Path, kind: str, *, tokenizer: str = "bert", order: str = "LITTLE") -> dict[str, torch.Tensor]:
-    """A GGUF file with its matrices in a type; what they then are. A width of 64 fits two blocks of q8_0."""
+    """Writes a GGUF file with matrices of one type, and returns their values. A width of 64 is two blocks of q8_0."""
     gguf = pytest.importorskip("gguf", reason="the reader's optional package")
     draw = torch.Generator().manual_seed(2)
     width, inner, words = 64, 128, 10
@@ -267,7 +267,7 @@ def gguf_of(path: Path, kind: str, *, tokenizer: str = "bert", order: str = "LIT
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
-def test_gguf_types_are_dequantised_as_gguf_itself_does(kind, tmp_path):
+def test_gguf_types_are_dequantised_as_gguf_does(kind, tmp_path):
     exact = gguf_of(tmp_path / "x.gguf", kind)
     model = open_model(tmp_path / "x.gguf")
     assert model.config["num_attention_heads"] == 4
@@ -288,7 +288,7 @@ def test_other_gguf_types_are_refused_by_name(tmp_path):
 
 
 def test_a_gguf_file_of_xlm_roberta_is_refused_by_its_tokenizer(tmp_path):
-    """llama.cpp calls that architecture "bert" too."""
+    """llama.cpp calls this architecture "bert" too."""
     gguf_of(tmp_path / "x.gguf", "F32", tokenizer="t5")
     with pytest.raises(CheckpointError, match="a tokenizer of type 't5'"):
         open_model(tmp_path / "x.gguf")

@@ -1,4 +1,4 @@
-"""ALBERT and ELECTRA as TensorFlow's checkpoints have them."""
+"""ALBERT and ELECTRA from TensorFlow checkpoints."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_albert(tmp_path):
         BertModel.from_pretrained(folder)
 
 
-def test_electra_gives_both_its_models(tmp_path):
+def test_electra_gives_both_of_its_models(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 50, "embedding_size": 16, "num_hidden_layers": 2, "max_position_embeddings": 16,
              "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Other people's checkpoints, opened: the same hidden states as in the framework that wrote them."""
+"""Other frameworks' checkpoints give the hidden states that the framework computed."""
 
 import json
 import shutil
@@ -32,10 +32,10 @@ def google(tmp_path) -> Path:
     return folder_with(tmp_path, "google_tf1", "bert_config.json", "vocab.txt")
 
 
-# ---- what the frameworks themselves wrote ----------------------------------------------------------------
+# ---- written by the frameworks themselves ----------------------------------------------------------------
 
 
-# fixture -> what to open, what they computed, under which name; what the model has beside the encoder
+# fixture -> what to open, the file of expected results, the name of the states in it
 WRITTEN = {
     "google_tf1": ("google_tf1", "google_tf1/expected.npz", "last_hidden_state"),
     "tf2_model_garden": ("tf2_model_garden", "tf2_model_garden/expected.npz", "last_hidden_state"),
@@ -57,7 +57,7 @@ def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_hidden_states_are_the_frameworks_own(name, tmp_path):
-    """Ours err at most twice as much against float64 as plain torch does in float32, and theirs err as little."""
+    """Our error and the framework's, against float64, are at most twice that of plain torch in float32."""
     if name in PACKAGE:
         pytest.importorskip(PACKAGE[name], reason="the reader's optional package")
     path, expected_file, state = WRITTEN[name]
@@ -80,7 +80,7 @@ def test_hidden_states_are_the_frameworks_own(name, tmp_path):
 
 
 def test_activation_can_be_told(google):
-    """Google's gelu before February 2019 was erf's, and the difference is a thousand times float32's error."""
+    """Before February 2019 Google's gelu was erf's; the difference is a thousand times float32's error."""
     expected = np.load(FIXTURES / "expected_transformers.npz")
     assert open_model(google).config["hidden_act"] == "gelu_new"
     convert(google, google / "erf", activation="gelu", lower_case=True, say=lambda line: None)
@@ -94,7 +94,7 @@ def test_activation_can_be_told(google):
 
 
 def transformers_output(source: Path, expected: dict[str, np.ndarray], head: str, out: Path):
-    """What transformers computes of a source that is converted, by the class that its config names."""
+    """What transformers computes with the converted checkpoint, by the class that its config names."""
     transformers = pytest.importorskip("transformers")
     convert(source, out, lower_case=True, say=lambda line: None)
     assert json.loads((out / "config.json").read_text())["architectures"] == [head]
@@ -110,11 +110,11 @@ def inputs_of(expected: dict[str, np.ndarray], *names: str) -> list[torch.Tensor
 
 
 def at_positions(logits: torch.Tensor, positions: np.ndarray) -> torch.Tensor:
-    """The scores of words [B, positions, V] out of those of all tokens [B, S, V]."""
+    """Scores of words at some positions [B, positions, V], from those of all tokens [B, S, V]."""
     return logits.gather(1, torch.from_numpy(positions).long()[..., None].expand(-1, -1, logits.shape[-1]))
 
 
-def test_heads_come_along_and_transformers_computes_their_values(google, tmp_path):
+def test_heads_are_converted_and_transformers_computes_their_values(google, tmp_path):
     expected = np.load(google / "expected.npz")
     output = transformers_output(google, expected, "BertForPreTraining", tmp_path / "out")
     words = at_positions(output.prediction_logits.log_softmax(-1), expected["masked_lm_positions"]).flatten(0, 1)
@@ -123,7 +123,7 @@ def test_heads_come_along_and_transformers_computes_their_values(google, tmp_pat
     assert torch.allclose(following, torch.from_numpy(expected["next_sentence_log_probs"]), atol=2e-5)
 
 
-def test_the_head_of_a_tf_hub_module_comes_along(tmp_path):
+def test_the_head_of_a_tf_hub_module_is_converted(tmp_path):
     expected = np.load(FIXTURES / "tf_hub" / "expected.npz")
     output = transformers_output(FIXTURES / "tf_hub", expected, "BertForMaskedLM", tmp_path / "out")
     words = at_positions(output.logits, expected["masked_lm_positions"])
@@ -131,8 +131,8 @@ def test_the_head_of_a_tf_hub_module_comes_along(tmp_path):
 
 
 def test_a_pre_training_run_of_the_model_garden(tmp_path):
-    """The encoder's own pooler is not trained there: `next_sentence.pooler_dense` is what the head pools with, and what
-    the Model Garden's export to TF-Hub copies into its place. The table of words is found by the head's path to it."""
+    """It does not train the encoder's own pooler: the head pools with `next_sentence.pooler_dense`, which the Model
+    Garden's export to TF-Hub puts in the pooler's place. The head's path leads to the word embeddings."""
     folder = folder_with(tmp_path, "tf2_pretraining", "bert_config.json")
     assert_same_weights(folder, weights())
     skipped = open_model(folder).skipped
@@ -148,7 +148,7 @@ def test_a_pre_training_run_of_the_model_garden(tmp_path):
 
 @pytest.fixture
 def keras_head(tmp_path):
-    """A preset with a task: the backbone of `keras_hub`, with the weights of a head beside it."""
+    """A preset with a task: the backbone of `keras_hub`, and the weights of a head."""
     pytest.importorskip("h5py", reason="the reader's optional package")
 
     def folder(task: str) -> Path:
@@ -171,8 +171,8 @@ def test_a_classifier_of_keras_hub(keras_head, tmp_path):
 
 
 def test_the_masked_words_of_keras_hub(keras_head, tmp_path):
-    """That head computes gelu by erf while the encoder computes it by tanh, and with another epsilon: it is said, and
-    with both set so in transformers' head it gives keras-hub's scores."""
+    """That head computes gelu by erf and has another epsilon, while the encoder computes gelu by tanh: convert reports
+    this, and with both settings transformers' head gives keras-hub's scores."""
     transformers = pytest.importorskip("transformers")
     folder, lines = keras_head("masked_lm"), []
     expected = np.load(folder / "expected.npz")
@@ -190,8 +190,8 @@ def test_the_masked_words_of_keras_hub(keras_head, tmp_path):
     assert 1e-4 < (as_written - exact).abs().max() < 1e-2
 
 
-def test_what_save_weights_of_keras_writes(keras_head, tmp_path):
-    """Encoder and head in one file, the encoder as a layer of the whole; without a config the shapes tell all."""
+def test_files_of_keras_save_weights(keras_head, tmp_path):
+    """Encoder and head in one file, the encoder as a layer of the whole. Without a config, shapes give the sizes."""
     h5py = pytest.importorskip("h5py", reason="the reader's optional package")
     folder = keras_head("classifier")
     with (
@@ -229,7 +229,7 @@ def test_every_format_goes_to_safetensors_by_name(name, tmp_path):
         )
         assert torch.equal(got[key], wanted), key
     BertModel.from_pretrained(tmp_path / "out")
-    if not heads:  # what has no heads is what transformers calls BertModel, and its names have no prefix
+    if not heads:  # without a head transformers' class is BertModel, whose names have no prefix
         assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertModel"]
 
 
@@ -290,7 +290,7 @@ def test_squad_and_classifier_heads(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_stay_what_they_are(dtype, tmp_path):
+def test_other_dtypes_are_kept(dtype, tmp_path):
     folder = write_google_folder(tmp_path / "x", {name: t.to(dtype) for name, t in google_variables().items()})
     model = BertModel.from_pretrained(folder)
     assert model.dtype == dtype
@@ -319,7 +319,7 @@ PRUNED = {"0": [1], "1": []}
 
 
 def prune(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What transformers 4 saved after prune_heads({0: [1]}): the rows and columns of the second head are gone."""
+    """What transformers 4 saves after prune_heads({0: [1]}): without the rows and columns of the second head."""
     state = dict(state)
     for part in ("query", "key", "value"):
         for ending in ("weight", "bias"):
@@ -330,7 +330,7 @@ def prune(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def masked_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same function with all heads: nothing of the second head's output is read."""
+    """The same function with all heads, where the output of the second head is not read."""
     name = "bert.encoder.layer.0.attention.output.dense.weight"
     output = state[name].clone()
     output[:, 16:] = 0
@@ -340,7 +340,7 @@ def masked_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("impl", ["native", "reference"])
 @pytest.mark.parametrize("layout", ["old", "transformers"])
 def test_pruned_heads_keep_their_true_shapes(impl, layout, tmp_path):
-    """transformers 5 loads such a checkpoint no more."""
+    """transformers 5 cannot load such a checkpoint."""
     folder = tmp_path / "x"
     folder.mkdir()
     config = json.loads((FIXTURES / "bert_config.json").read_text()) | {"pruned_heads": PRUNED}
@@ -376,7 +376,7 @@ def test_pruned_heads_of_an_unknown_number(tmp_path):
         BertModel.from_pretrained(tmp_path)
 
 
-def test_pruned_heads_that_the_weights_do_not_have(tmp_path):
+def test_pruned_heads_that_contradict_the_weights(tmp_path):
     config = json.loads((FIXTURES / "bert_config.json").read_text()) | {"pruned_heads": PRUNED}
     (tmp_path / "bert_config.json").write_text(json.dumps(config))
     torch.save(weights(), tmp_path / "pytorch_model.bin")

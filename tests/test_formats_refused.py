@@ -1,4 +1,4 @@
-"""What is refused of other people's checkpoints, each in a line that names the fault."""
+"""Other frameworks' checkpoints that are refused, each with one line that names the fault."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def google(tmp_path) -> Path:
 
 @pytest.mark.parametrize("signature", [b"TREE", b"HEAP", b"SNOD"])
 def test_a_damaged_keras_file_is_one_line(signature, tmp_path):
-    """Parts of HDF5's own structure, for whose damage h5py has other exceptions than OSError."""
+    """Damage of HDF5's own structure, for which h5py raises other exceptions than OSError."""
     pytest.importorskip("h5py", reason="the reader's optional package")
     folder = folder_with(tmp_path, "keras_hub")
     path = folder / "model.weights.h5"
@@ -101,5 +101,5 @@ def test_a_vocabulary_longer_than_the_table_is_refused(google):
         ("showcased", None),
     ],
 )
-def test_what_a_name_says_of_lower_casing(name, lower_case):
+def test_whether_a_name_tells_lower_casing(name, lower_case):
     assert case_of_name(name) is lower_case

@@ -1,4 +1,4 @@
-"""The Triton kernels have no derivatives in forward mode, and say so."""
+"""The Triton kernels have no forward-mode derivatives, and raise an error."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ REFUSED = pytest.raises(NotImplementedError, match="forward mode")
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("op", [op for op in INPUTS if op in F.TRITON_MODULES])
 def test_an_operator_refuses_a_tangent(op, grad):
-    """Where no gradient was recorded the result lost its tangent, and so had a derivative of zero."""
+    """Without a recorded gradient the result lost its tangent, which means a derivative of zero."""
     inputs = INPUTS[op](MODELS["tiny"], (5, 7))
     name = next(n for n, t in inputs.items() if isinstance(t, torch.Tensor) and t.is_floating_point())
     with torch.set_grad_enabled(grad), forward_ad.dual_level():
@@ -39,7 +39,7 @@ def test_a_transformed_operator_refuses_a_tangent():
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_a_layer_refuses_a_tangent(grad):
-    """A layer is one operator in a way of its own."""
+    """A layer is one operator with a function of its own."""
     config = BertConfig(
         vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=16,
@@ -50,7 +50,7 @@ def test_a_layer_refuses_a_tangent(grad):
         layer(forward_ad.make_dual(x, torch.ones_like(x)), Pass(batch, batch.schedule("triton"), "triton"))
 
 
-def test_a_level_without_tangents_changes_nothing():
+def test_a_dual_level_without_tangents_changes_nothing():
     x, weight, bias = torch.randn(3, 32), torch.ones(32), torch.zeros(32)
     expected = F.add_layer_norm(x, x, weight, bias, impl="triton")
     with forward_ad.dual_level():

@@ -1,4 +1,4 @@
-"""A fixed budget of the fuzz's cases; tests/fuzz.py goes on for as long as one likes."""
+"""A fixed number of the fuzz's cases; tests/fuzz.py runs as long as one likes."""
 
 from pathlib import Path
 
@@ -20,12 +20,12 @@ def test_fuzz(chunk):
     assert not any(wrong), "\n".join(filter(None, wrong))
 
 
-# large scores under torch's SDPA; large logits; a weight in float64 for 8 bits; cu_seqlens of shape [1, 2]; texts of
-# one token with dropout; the gradient of a bias of two words, by chance 20 and 4 times as far off as plain torch's;
-# a layer, 13 and 5 times as far off; x of shape [1, T, C], three times; gradients in float64 that are differences of
-# large numbers; a weight whose rows lie apart, which torch multiplies in another order; a float16 tensor for a float64
-# one; the gradients of pk and pq of one token, twice; delta of a rounded output, three times; a
-# bias on meta for 8-bit weights
+# In order: large scores under torch's SDPA; large logits; a float64 weight for 8 bits; cu_seqlens of shape [1, 2];
+# texts of one token with dropout; the gradient of a bias of two words, by chance 20 and 4 times as wrong as plain
+# torch's; a layer, 13 and 5 times as wrong; x of shape [1, T, C], three times; float64 gradients that are differences
+# of large numbers; a weight with strided rows, which torch multiplies in another order; a float16 tensor for a float64
+# one; the gradients of pk and pq for one token, twice; delta of a rounded output, three times; a meta bias for 8-bit
+# weights
 FOUND = (
     3_000_002_827, 24_000_000_541, 3_000_001_797, 3_000_002_350, 12_000_018_578, 11_000_000_254, 12_000_018_912,
     11_000_011_170, 12_000_003_731, 11_000_023_282, 12_000_016_775, 12_000_025_390,
@@ -36,12 +36,12 @@ FOUND = (
 
 @pytest.mark.parametrize("number", FOUND)
 def test_what_longer_runs_found(number):
-    """Half of these were faults of the operators, and the others results and arguments that are in order."""
+    """Half of these were faults of the operators; in the others results and arguments are valid."""
     assert fuzz.run_case(number) is None
 
 
-def test_the_fuzz_sees_what_is_wrong(monkeypatch):
-    """Slightly wrong numbers, and arguments that are not checked, are both found among its first cases."""
+def test_the_fuzz_finds_faults(monkeypatch):
+    """The first cases find slightly wrong numbers, and arguments that are not checked."""
     exact = native.pool
     monkeypatch.setattr(native, "pool", lambda *args: exact(*args) * 1.1)
     found = [wrong for wrong in map(fuzz.run_case, range(200)) if wrong]
@@ -54,7 +54,7 @@ def test_the_fuzz_sees_what_is_wrong(monkeypatch):
 
 
 class Calls:
-    """A library that notes which of its functions were asked for."""
+    """A library that notes which of its functions are used."""
 
     def __init__(self, opened):
         self.opened, self.names = opened, set()
@@ -67,7 +67,7 @@ class Calls:
 @pytest.mark.once
 @pytest.mark.skipif(cpp.load()[0] is None, reason=f"no C++ operators: {cpp.load()[1]}")
 def test_every_function_of_the_library_is_reached(monkeypatch):
-    """Six tensors of which each lies elsewhere half of the time are hardly ever what the C++ takes: of 500 cases two
+    """When six tensors each had another layout half of the time, the C++ hardly ever took them: two of 500 cases
     reached its attention, and six of its functions were never called."""
     calls = Calls(cpp.load()[0])
     monkeypatch.setattr(cpp, "load", lambda *_: (calls, None))

@@ -1,4 +1,4 @@
-"""Who multiplies, and with which tile: the table, what it may say, and that the operators follow it."""
+"""Which implementation multiplies, and with which tile: the table, its rules, and that the operators follow it."""
 
 import inspect
 from pathlib import Path
@@ -22,7 +22,7 @@ DTYPES = tuple(_compile.TRITON_TYPES)
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Puts measured rows, made up for the test, on top of the table."""
+    """Puts rows of made-up measurements on top of the table."""
 
     def put(*rows):
         monkeypatch.setattr(_gemm_config, "CHOICES", (*rows, *CHOICES))
@@ -35,14 +35,14 @@ def measured(monkeypatch):
 # ---- the table -------------------------------------------------------------------------------------------
 
 
-def test_rows_say_what_they_rest_on():
+def test_rows_give_their_reasons():
     for row in CHOICES:
         assert row.form in ("*", *FORMS), row
         assert row.dtype in ("*", *_compile.TRITON_TYPES.values()), row
         assert row.by in ("vendor", "vendor epilogue", "ours"), row
         assert row.by != "vendor epilogue" or row.form == "nt+act only", row
         if row.basis == "measured":
-            assert "*" not in (row.arch, row.dtype, row.form), f"a measurement is of one thing: {row}"
+            assert "*" not in (row.arch, row.dtype, row.form), f"a measurement has no wildcards: {row}"
             assert row.n > 0 < row.k, row
             assert (ROOT / row.source).is_file(), row
         else:
@@ -80,9 +80,9 @@ def test_a_measured_row_decides_for_its_shape_alone(measured):
         assert not gemm_config(*other).vendor, other
 
 
-def test_the_batch_has_no_say_where_bits_must_not_move():
+def test_the_config_does_not_depend_on_the_batch():
     """The config depends on M only by whether there are few rows, and with batch invariance not at all. For a weight
-    gradient, whose sum runs over the batch, k is the other side."""
+    gradient, which sums over the batch, k is the other side."""
     assert set(inspect.signature(gemm_config).parameters) == {
         "n", "k", "dtype", "arch", "layout", "epilogue", "invariant", "few_rows",
     }  # fmt: skip
@@ -95,8 +95,8 @@ def test_the_batch_has_no_say_where_bits_must_not_move():
 
 @pytest.mark.parametrize("activation", _gemm_config.VENDOR_ACTIVATIONS)
 def test_the_vendor_s_epilogue_stays_within_the_budget(activation):
-    """The vendor's GELU is the tanh form. It may stand in for erf's only where that is lost in the rounding: against
-    float64 it errs by less than twice what torch's own linear and activation do in that dtype."""
+    """The vendor's GELU is the tanh form. It may replace erf's only where the difference is lost in rounding: its error
+    against float64 must be less than twice that of torch's own linear and activation in the same dtype."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(256, 768), torch.randn(512, 768) / 768**0.5, torch.randn(512) / 10
     for dtype in _gemm_config.VENDOR_ACTIVATIONS[activation]:
@@ -110,7 +110,7 @@ def test_the_vendor_s_epilogue_stays_within_the_budget(activation):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_training_never_takes_the_vendor_s_epilogue(recompute, monkeypatch, device):
-    """Its GELU and the one that backward differentiates would not be the same function."""
+    """The backward pass would differentiate another GELU."""
     calls = []
     epilogue = torch._addmm_activation
     monkeypatch.setattr(torch, "_addmm_activation", lambda *a, **k: calls.append(1) or epilogue(*a, **k))
@@ -121,7 +121,7 @@ def test_training_never_takes_the_vendor_s_epilogue(recompute, monkeypatch, devi
     assert len(calls) == 1
 
 
-def test_a_weight_gradient_asks_by_the_weight_s_shape(monkeypatch, device):
+def test_a_weight_gradient_is_configured_by_the_weights_shape(monkeypatch, device):
     asked = []
 
     def spy(n, k, *rest):
@@ -142,7 +142,7 @@ def test_a_weight_gradient_asks_by_the_weight_s_shape(monkeypatch, device):
 @pytest.mark.triton
 @pytest.mark.parametrize("activation", ["gelu", "geglu"])
 def test_the_vendor_s_product_with_our_pointwise_kernel(activation, measured, device):
-    """No 16-bit product uses this path until a measurement says so; it must be correct by then."""
+    """No 16-bit product uses this path until a measurement says so, but it must be correct."""
     reasoned = [Choice("*", "fp16", form, 0, 0, "vendor", "reasoned", "for this test") for form in FORMS]
     measured(*(row for row in reasoned if row.form != "tn+accumulate"))
     config = feed_forward._up_config(torch.zeros(1, 64).half(), torch.zeros(128, 64), activation, False)

@@ -1,4 +1,4 @@
-"""A day with a GPU: every step runs, and whatever cuts the run short leaves two whole files."""
+"""A measuring day on a GPU: every step runs, and whatever ends the run early leaves two complete files."""
 
 import json
 import os
@@ -28,7 +28,7 @@ NAMES = [
     "card", "precompile", "verify", "verify-newer", "record", "encoder", "attention", "training", "operators", "cold",
     "compile", "memcheck", "racecheck",
 ]  # fmt: skip
-# The run with a plan of its own: what steps do here, in Python.
+# The run with a plan of its own, whose steps are the given Python programs.
 MAIN = """
 import sys
 sys.path.insert(0, {root!r})
@@ -46,7 +46,7 @@ LINE = (
     '{"op": "pool", "dtype": "fp32", "case": "mean", "hidden": 8, "heads": 1, "lengths": [1], "passed": true, '
     '"seconds": 1, "message": "", "checks": []}'
 )
-# writes one whole line, half of another, and waits
+# writes one complete line and half of another, and waits
 WRITER = f"""
 import sys, time
 file = open(sys.argv[1] + "/verify.jsonl", "w")
@@ -66,8 +66,8 @@ def started(tmp_path, *steps: str, arguments=()) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
 
 
-def both_whole(out: Path) -> dict:
-    """The summary, which is as it should be, and the same in the archive."""
+def both_complete(out: Path) -> dict:
+    """Checks that the summary is valid and the same in the archive, and returns it."""
     summary = json.loads((out / "summary.json").read_text())
     assert schema.problems(summary, RULE) == []
     with tarfile.open(out / "gpu_day.tar.gz") as archive:
@@ -86,10 +86,10 @@ def _unfinished(out: Path) -> set[str]:
 def wait_for(out: Path, condition) -> dict:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (out / "gpu_day.tar.gz").exists() and condition(both_whole(out)):
-            return both_whole(out)
+        if (out / "gpu_day.tar.gz").exists() and condition(both_complete(out)):
+            return both_complete(out)
         time.sleep(0.05)
-    raise AssertionError("it never came to that")
+    raise AssertionError("the condition never became true")
 
 
 def statuses(summary: dict) -> dict[str, str]:
@@ -97,7 +97,7 @@ def statuses(summary: dict) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_killed_half_way_leaves_both_files_whole(tmp_path, number):
+def test_a_run_killed_half_way_leaves_both_files_complete(tmp_path, number):
     steps = ("step('card', 'pass')", f"step('verify', {WRITER!r})", "step('encoder', 'pass')")
     process = started(tmp_path, *steps)
     out = tmp_path / "out"
@@ -106,7 +106,7 @@ def test_a_run_that_is_killed_half_way_leaves_both_files_whole(tmp_path, number)
     finally:
         process.send_signal(number)
         process.communicate(timeout=60)
-    summary = both_whole(out)
+    summary = both_complete(out)
     assert summary["verify"] == [{"step": "verify", "cases": 1, "passed": 1, "failed": []}]
     assert not summary["complete"]
     if number == signal.SIGKILL:
@@ -133,34 +133,34 @@ def test_no_process_outlives_a_run_that_is_killed(tmp_path):
         time.sleep(0.05)
 
 
-def test_a_step_that_fails_or_takes_too_long_costs_only_itself(tmp_path):
+def test_a_step_that_fails_or_takes_too_long_affects_no_other_step(tmp_path):
     process = started(
         tmp_path, "step('card', 'raise SystemExit(3)')", "step('verify', 'import time; time.sleep(1e6)', 1.0)",
         "step('encoder', 'print(1)')", "step('cold', 'pass', least=1e6)",
     )  # fmt: skip
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 1
-    summary = both_whole(tmp_path / "out")
+    summary = both_complete(tmp_path / "out")
     assert statuses(summary) == {"card": "failed", "verify": "out of time", "encoder": "ok", "cold": "out of time"}
     assert summary["steps"][0]["reason"] == "exit code 3: "
     assert summary["complete"]
     assert "verify         out of time" in text
 
 
-def test_the_run_keeps_to_its_seconds(tmp_path):
+def test_the_run_keeps_its_time_limit(tmp_path):
     sleeper = "step('card', 'import time; time.sleep(1e6)', 1e6)"
     process = started(tmp_path, sleeper, "step('verify', 'pass', least=5.0)", arguments=("--seconds", "9"))
     process.communicate(timeout=120)
-    summary = both_whole(tmp_path / "out")
+    summary = both_complete(tmp_path / "out")
     assert statuses(summary) == {"card": "out of time", "verify": "out of time"}
-    assert summary["steps"][0]["limit_s"] <= 3.0  # the rest is for ending and writing
+    assert summary["steps"][0]["limit_s"] <= 3.0  # the rest of the time is for ending and writing
 
 
 # ---- the plan --------------------------------------------------------------------------------------------
 
 
 class Known:
-    """A record that answers what steps ask."""
+    """A record with fixed answers."""
 
     def __init__(self, better: bool = False):
         self.better = better
@@ -183,7 +183,7 @@ def test_the_rehearsal_has_the_steps_of_the_day():
 @pytest.mark.parametrize("rehearsal", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_command_lines_parse(name, rehearsal, tmp_path):
-    """A misspelt option would cost the day's step."""
+    """An unknown option would make the step fail on the day."""
     step = steps_of(gpu_day_plan.day("python", rehearsal))[name]
     words = step.command(tmp_path, 50.0, Known())
     words = words[words.index("-m") + 1 :]
@@ -200,19 +200,19 @@ def test_command_lines_parse(name, rehearsal, tmp_path):
             assert set(args.op or ()) <= set(verify.CASES)
             assert args.json_lines == tmp_path / f"{name}.jsonl"
         return
-    with pytest.raises(SystemExit) as stopped:  # the module's own parser, to the end of its options
+    with pytest.raises(SystemExit) as stopped:  # the module's own parser, after all of its options
         __import__(words[0], fromlist=["main"]).main([*words[1:], "--help"])
     assert stopped.value.code == 0
 
 
-def test_attention_is_timed_with_the_assembler_that_it_passed_with():
+def test_attention_is_timed_with_the_assembler_with_which_it_passed():
     steps = steps_of(gpu_day_plan.day("python", False))
     assert steps["verify-newer"].environment(Known()) == {"TRITON_PTXAS_PATH": "/newer/ptxas"}
     assert steps["attention"].environment(Known(better=True)) == {"TRITON_PTXAS_PATH": "/newer/ptxas"}
     assert steps["attention"].environment(Known(better=False)) == {}
 
 
-def test_newer_is_better_only_where_it_passes_what_the_default_does_not(tmp_path):
+def test_the_newer_assembler_is_used_only_if_it_passes_more(tmp_path):
     record = gpu_day_summary.Record(tmp_path, tmp_path, "day", False, 480.0, 0.0)
 
     def lines(name: str, *passed: bool) -> None:
@@ -232,7 +232,7 @@ def test_newer_is_better_only_where_it_passes_what_the_default_does_not(tmp_path
     assert not record.newer_is_better()
 
 
-def test_a_sanitizer_that_is_not_there_is_named(monkeypatch):
+def test_a_missing_sanitizer_is_named(monkeypatch):
     monkeypatch.setattr(gpu_day_plan.shutil, "which", lambda name: None)
     steps = steps_of(gpu_day_plan.day("python", False))
     assert steps["racecheck"].why_not() == "compute-sanitizer is not installed"
@@ -252,7 +252,7 @@ def test_the_second_run_searches_all_kernels(tmp_path):
 # ---- the rehearsal itself --------------------------------------------------------------------------------
 
 
-# A machine that lacks some packages: put into `sitecustomize.py`, on the path.
+# Hides some packages, as on a machine without them: a `sitecustomize.py` on the path.
 BARE = """
 import sys
 from importlib.machinery import PathFinder
@@ -269,7 +269,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 
 
 def without(tmp_path, absent: str) -> dict[str, str]:
-    """The environment in which `gpu_day.sh` finds this interpreter, without these packages."""
+    """An environment in which `gpu_day.sh` finds this interpreter without these packages."""
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "sitecustomize.py").write_text(BARE.format(absent=absent.split()))
     return environment() | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "bare")}
@@ -277,7 +277,7 @@ def without(tmp_path, absent: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("absent", ["torch triton", "triton"])
 def test_an_interpreter_without_torch_or_triton_is_named_before_any_step(tmp_path, absent):
-    """Every step failed by itself, each for the same reason, with exit code 1 as after a bad day."""
+    """Every step failed for this reason, and the exit code was 1, as after any failed step."""
     command = ["bash", str(SCRIPT), "--rehearse", str(tmp_path / "out")]
     done = subprocess.run(
         command, env=without(tmp_path, absent), capture_output=True, text=True, timeout=60, check=False
@@ -291,15 +291,15 @@ def test_an_interpreter_without_torch_or_triton_is_named_before_any_step(tmp_pat
 
 
 def test_rehearsal(tmp_path):
-    """All steps of the script, end to end, on a machine that has nothing but torch, Triton and numpy."""
-    # whatever fastbert uses beside torch, Triton and numpy, and its peers
+    """All steps of the script, from start to end, on a machine that has only torch, Triton and numpy."""
+    # everything that fastbert uses beside torch, Triton and numpy, and its peers
     absent = (
         "tokenizers safetensors huggingface_hub tqdm transformers sentence_transformers accelerate peft onnx "
         "onnxruntime openvino pytest"
     )
     command = ["bash", str(SCRIPT), "--rehearse", "--seconds", "1200", str(tmp_path / "out")]
     done = subprocess.run(command, env=without(tmp_path, absent), capture_output=True, text=True, check=False)
-    summary = both_whole(tmp_path / "out")
+    summary = both_complete(tmp_path / "out")
     assert statuses(summary) == dict.fromkeys(NAMES, "ok") | {"record": "skipped"}, done.stdout
     assert done.returncode == 0
     assert "precompiled 2 of " in done.stdout

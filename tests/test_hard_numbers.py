@@ -1,4 +1,4 @@
-"""Inputs on which float32 is easily lost: rows of nearly equal elements, scales of 0 and below, NaN and infinity."""
+"""Inputs that are hard for float32: rows of nearly equal elements, scales of 0 and below, NaN and infinity."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def rows(kind: str, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("width", [48, 384, 768])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_layer_norm_of_rows_that_are_nearly_equal(impl, kind, eps, width, dropout_p):
-    """Constant rows gave up to 0.99 for 0, and gradients to match: their mean, rounded to float32, lay as far from the
-    elements as the square root of eps, and that distance was taken for their deviation."""
+    """Constant rows gave up to 0.99 instead of 0, and wrong gradients: rounding the mean to float32 moved it by as much
+    as the square root of eps, and this distance counted as their deviation."""
     if impl == "native" and cpp.load()[0] is None:
         pytest.skip("torch's own LayerNorm computes here")
     if kind == "constant" and eps == 0.0:
@@ -50,7 +50,7 @@ def test_layer_norm_of_rows_that_are_nearly_equal(impl, kind, eps, width, dropou
         run(torch.float64, "reference"),
         strict=True,
     ):
-        # the size of the terms: rstd times numbers near 1 for dx, numbers near 1 for all others
+        # the size of the terms: for dx rstd times numbers near 1, for the others numbers near 1
         size = exact.abs().amax(-1, keepdim=True).clamp(min=1.0) if exact.dim() == 2 else exact.abs().clamp(min=1.0)
         assert ((ours.double() - exact).abs() <= 2e-6 * size).all(), name
 
@@ -58,7 +58,7 @@ def test_layer_norm_of_rows_that_are_nearly_equal(impl, kind, eps, width, dropou
 @impls
 @pytest.mark.parametrize("kind", ["constant", "large_mean", "nearly_constant"])
 def test_embeddings_that_are_nearly_equal(impl, kind):
-    """The same statistics, of the sum of three rows of tables."""
+    """The same statistics, for the sum of three rows of tables."""
     if impl == "native" and cpp.load()[0] is None:
         pytest.skip("torch's own LayerNorm computes here")
     word, position, types = rows(kind, 48), torch.full((6, 48), 0.25), torch.full((2, 48), 0.5)
@@ -69,7 +69,7 @@ def test_embeddings_that_are_nearly_equal(impl, kind):
         return F.embedding_layer_norm(indices, torch.zeros_like(indices), indices, *leaves, 1e-12, impl=impl)
 
     ours, exact = run(torch.float32, impl), run(torch.float64, "reference")
-    # the sum of three rows is itself rounded, by at most half a unit, which eps lets through
+    # the sum of three rows is itself rounded, by at most half a unit, which is not small beside eps
     rounded = torch.finfo(torch.float32).eps * word.abs().amax(-1, keepdim=True).double()
     spread = (word.double() + 0.75).var(-1, correction=0, keepdim=True).add(1e-12).sqrt()
     slack = weight.abs().max() * (rounded / spread).clamp(max=1e6) if kind != "constant" else 0.0
@@ -81,8 +81,8 @@ def test_embeddings_that_are_nearly_equal(impl, kind):
 @pytest.mark.parametrize("lengths", [[5, 1, 16, 17], [33, 0, 70]], ids=("short", "over_blocks"))
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_attention_at_any_scale(impl, scale, lengths, dropout_p):
-    """A scale of 0 gave NaN where a sequence's length was no multiple of 16: it met the minus infinity that stood for
-    the missing keys."""
+    """A scale of 0 gave NaN if a sequence's length was no multiple of 16: it was multiplied by the minus infinity that
+    stands for missing keys."""
     q, k, v = (torch.randn(sum(lengths), 2, 16) for _ in range(3))
     do = torch.randn(q.shape)
     options = {"dropout_p": dropout_p, "seed": torch.tensor([7])} if dropout_p else {}
@@ -108,7 +108,7 @@ def test_attention_at_any_scale(impl, scale, lengths, dropout_p):
 @pytest.mark.parametrize("width", [16, 32])
 @pytest.mark.parametrize("lengths", [[17, 5, 30], [16, 16, 16], [1, 3, 2]], ids=str)
 def test_nan_and_infinity_stay_in_their_sequence(impl, what, width, lengths):
-    """Whatever a text holds, its neighbours' outputs and gradients keep their bits."""
+    """Whatever a text holds, other texts' outputs and gradients keep their bits."""
     first, last = lengths[0], sum(lengths[:2])
     clean = [torch.randn(sum(lengths), 2, width) for _ in range(3)]
     do, cu_seqlens = torch.randn(clean[0].shape), cu_seqlens_of(lengths)

@@ -1,4 +1,4 @@
-"""Heads beside transformers' own: same weights, same input, float64 as truth, twice its error as the budget."""
+"""Heads compared with transformers' own: same weights, same input, a budget of twice its error against float64."""
 
 import copy
 from collections import defaultdict
@@ -24,7 +24,7 @@ LENGTHS = (13, 5, 1, 9, 12, 7)
 
 @dataclass
 class Kind:
-    """A head and its labels, by name: "text" one of so many classes, "token" likewise, "element" a number each."""
+    """A head and its labels by name: "text" and "token" are a class for each, "element" a number for each."""
 
     head: str
     labels: dict[str, tuple[str, int]]
@@ -61,7 +61,7 @@ def config_of(kind: Kind, dropout: float = 0.0) -> BertConfig:
 
 
 def ours_of(kind: Kind, impl: str = "native", dropout: float = 0.0) -> torch.nn.Module:
-    """With weights larger than at the start of training, so that attention is not uniform and every bias counts."""
+    """With weights larger than initial ones, so that attention is not uniform and every bias counts."""
     model = getattr(fastbert, f"BertFor{kind.head}")(config_of(kind, dropout), impl=impl).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -77,7 +77,7 @@ def theirs_of(kind: Kind, ours: torch.nn.Module) -> torch.nn.Module:
 
 
 def padded_batch(kind: Kind) -> dict[str, torch.Tensor]:
-    """TEXTS texts of LENGTHS, with labels of which some do not count."""
+    """TEXTS texts of LENGTHS, with labels, some of which do not count."""
     mask = (torch.arange(WIDTH) < torch.tensor(LENGTHS)[:, None]).long()
     batch = {"input_ids": torch.randint(1, 91, (TEXTS, WIDTH)), "attention_mask": mask}
     batch["token_type_ids"] = torch.randint(0, 2, (TEXTS, WIDTH))
@@ -87,7 +87,7 @@ def padded_batch(kind: Kind) -> dict[str, torch.Tensor]:
             batch[name] = labels.masked_fill(mask == 0, -100)
         elif what == "place":
             batch[name] = torch.tensor([int(torch.randint(0, length, ())) for length in LENGTHS])
-            batch[name][1] = WIDTH + 3  # cut off: does not count
+            batch[name][1] = WIDTH + 3  # beyond the end, so it does not count
         elif what in ("binary", "number"):
             batch[name] = (
                 torch.randn(TEXTS, classes) if what == "number" else torch.randint(0, 2, (TEXTS, classes)) * 1.0
@@ -98,14 +98,14 @@ def padded_batch(kind: Kind) -> dict[str, torch.Tensor]:
 
 
 def for_theirs(kind: Kind, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Texts of multiple choice have a dimension for the choices."""
+    """transformers' multiple choice needs a dimension for the choices."""
     if kind.head != "MultipleChoice":
         return batch
     return {name: t if name in kind.labels else t.unflatten(0, (-1, CHOICES)) for name, t in batch.items()}
 
 
 def packed_batch(kind: Kind, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The same for our heads, packed from lists."""
+    """The same batch for our heads, packed from lists."""
     real = batch["attention_mask"].bool()
     lists = [[row[keep].tolist() for row, keep in zip(batch[name], real, strict=True)]
              for name in ("input_ids", "token_type_ids")]  # fmt: skip
@@ -116,7 +116,7 @@ def packed_batch(kind: Kind, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def loss_of_theirs(kind: Kind, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """transformers' loss; of spans the mean over the texts, one at a time: there padding takes part in its softmax."""
+    """transformers' loss; for spans the mean over single texts, because its softmax includes padding."""
     if kind.head != "QuestionAnswering":
         return model(**for_theirs(kind, batch)).loss
     losses = []
@@ -134,13 +134,12 @@ def cast(batch: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.
 each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 
-BATCHES = 16  # so many losses say more than one
+BATCHES = 16  # enough losses for a comparison
 
 
 def losses_and_gradients(run, model: torch.nn.Module, batches: list) -> dict[str, torch.Tensor]:
-    """Name -> what `run(model, batch)` gives: the losses of all batches; of the first twelve each of the encoder's
-    gradients, and the head's together, since some are of one number, whose error in the plain model may be next to
-    nothing by chance."""
+    """Name -> results of `run(model, batch)`: the losses of all batches, and for the first twelve each of the encoder's
+    gradients, and the head's as one, since some are single numbers, in which the plain model may be right by luck."""
     found = defaultdict(list)
     for number, batch in enumerate(batches):
         model.zero_grad()
@@ -149,14 +148,14 @@ def losses_and_gradients(run, model: torch.nn.Module, batches: list) -> dict[str
         if number < 12:
             loss.backward()
             for name, p in model.named_parameters():
-                # no score of a text depends on its keys' bias: their gradient is rounding alone
+                # keys' biases do not change a softmax: their gradient is only rounding
                 if not name.endswith("attention.self.key.bias"):
                     found[name if name.startswith("bert.") else "head"].append(p.grad.flatten())
     return {name: torch.cat([t.double() for t in tensors]) for name, tensors in found.items()}
 
 
 def expect_within_budget(found: dict[str, dict[str, torch.Tensor]], factor: float) -> None:
-    """found: of "ours", "plain" and "truth"."""
+    """found: the results of "ours", "plain" and "truth"."""
     assert found["ours"].keys() == found["truth"].keys()
     for name, truth in found["truth"].items():
         error, plain = (relative_rms(found[who][name], truth) for who in ("ours", "plain"))
@@ -169,13 +168,13 @@ def expect_within_budget(found: dict[str, dict[str, torch.Tensor]], factor: floa
     [
         *((name, "native", torch.float32) for name in KINDS),
         *((name, "native", torch.bfloat16) for name in KINDS),
-        # the interpreter is slow, and of the kernels only the loss over the vocabulary is the heads' own
+        # the interpreter is slow, and only the loss over the vocabulary has kernels of its own
         ("words", "triton", torch.float32),
     ],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 def test_loss_and_every_gradient_match_transformers(name, impl, dtype):
-    """A training step without dropout, packed."""
+    """A training step without dropout, on packed input."""
     kind = KINDS[name]
     ours = ours_of(kind, impl)
     theirs = theirs_of(kind, ours).to(dtype)
@@ -192,7 +191,7 @@ def test_loss_and_every_gradient_match_transformers(name, impl, dtype):
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_loss_and_every_gradient_with_dropout(kind, dtype):
-    """The reference implementation draws the same masks from the same seeds, so it takes transformers' place."""
+    """The reference implementation draws the same masks from the same seeds, so it replaces transformers."""
     ours = ours_of(kind, dropout=0.2)
     plain = type(ours)(ours.config, impl="reference")
     plain.load_state_dict(ours.state_dict())
@@ -200,18 +199,18 @@ def test_loss_and_every_gradient_with_dropout(kind, dtype):
     batches = [padded_batch(kind) for _ in range(BATCHES)]
     found = {}
     for name, model in models.items():
-        torch.manual_seed(7)  # from which each pass draws the seeds of its masks
+        torch.manual_seed(7)  # each pass draws the seeds of its masks from this generator
         found[name] = losses_and_gradients(lambda m, b: m(**packed_batch(kind, b)).loss, model.train(), batches)
     expect_within_budget(found, 2.0)
     torch.manual_seed(7)
     again = ours(**for_theirs(kind, batches[0])).loss
     assert relative_rms(again.reshape(1), found["ours"]["losses"][:1]) < 1e-2, "padded input has other masks"
-    assert not torch.equal(again, ours(**for_theirs(kind, batches[0])).loss), "a new pass, a new mask"
+    assert not torch.equal(again, ours(**for_theirs(kind, batches[0])).loss), "a new pass needs a new mask"
 
 
 @each_kind
 def test_outputs_match_transformers(kind):
-    """Logits, hidden states, attentions, by name, by number and as a tuple."""
+    """Logits, hidden states and attentions, by name, by index and as a tuple."""
     ours = ours_of(kind)
     theirs = theirs_of(kind, ours)
     batch = {name: t for name, t in padded_batch(kind).items() if name not in kind.labels}
@@ -240,8 +239,7 @@ def test_outputs_match_transformers(kind):
 
 @each_kind
 def test_packed_is_padded(kind):
-    """The same logits and losses for a PackedBatch, with left padding and with embeddings in place of ids; poisoned
-    padding changes no bit."""
+    """A PackedBatch, left padding and embeddings as input give the same results. Poisoned padding changes no bit."""
     ours = ours_of(kind)
     batch = padded_batch(kind)
     output = ours(**for_theirs(kind, batch), **logits_too(kind))
@@ -274,8 +272,8 @@ def logits_too(kind: Kind) -> dict[str, bool]:
 
 @each_kind
 def test_a_divisor_for_the_whole_step(kind):
-    """Losses and gradients of any split add up to those of one batch, whatever counts in which part. In float64, where
-    nothing but another divisor makes a difference that shows."""
+    """Losses and gradients of any split add up to those of one batch, however labels are distributed. In float64, so
+    that any other difference than the divisor is invisible."""
     ours = ours_of(kind).double()
     batch = padded_batch(kind)
     if "next_sentence_label" in batch:
@@ -304,7 +302,7 @@ def count_of(kind: Kind, name: str, labels: torch.Tensor) -> int:
 
 
 def test_pre_training_without_the_count_of_pairs_weighs_by_words():
-    """What transformers' Trainer gives: the second objective's share adds up to 1 over a step."""
+    """As in transformers' Trainer: the second objective's weights add up to 1 over a step."""
     kind = KINDS["pretraining"]
     ours, batch = ours_of(kind), padded_batch(kind)
     words = int((batch["labels"] != -100).sum())
@@ -322,8 +320,8 @@ def test_pre_training_without_the_count_of_pairs_weighs_by_words():
 
 @pytest.mark.parametrize("name", ["single_label", "multi_label", "regression", "tokens", "spans", "choices",
                                   "next_sentence"])  # fmt: skip
-def test_scores_have_all_their_bits_within_autocast(name):
-    """In bfloat16 the scores of different texts tie, and Spearman's correlation with them."""
+def test_scores_are_float32_within_autocast(name):
+    """In bfloat16 scores of different texts are often equal, which changes Spearman's correlation."""
     kind = KINDS[name]
     ours = ours_of(kind)
     batch = packed_batch(kind, padded_batch(kind))
@@ -370,8 +368,8 @@ def test_labels_of_another_shape_are_refused():
         fastbert.BertForQuestionAnswering(BertConfig(**SIZES, num_labels=5))
 
 
-def test_answers_that_are_no_token_do_not_count():
-    """Past the end, in the padding, before the beginning and -100: the loss is that of the texts that are left."""
+def test_answers_outside_the_text_do_not_count():
+    """Beyond the end, in padding, before the start, and -100: the loss is that of the other texts."""
     model = ours_of(KINDS["spans"])
     ids = torch.randint(1, 91, (5, 6))
     mask = (torch.arange(6) < torch.tensor([6, 4, 6, 6, 5])[:, None]).long()
@@ -383,7 +381,7 @@ def test_answers_that_are_no_token_do_not_count():
     assert model(ids, mask).start_logits[1, 4] == torch.finfo(torch.float32).min, "padding is no candidate"
 
 
-def test_words_go_through_the_head_only_where_they_are_labelled(monkeypatch):
+def test_only_labelled_words_go_through_the_head(monkeypatch):
     model = ours_of(KINDS["words"])
     rows = []
     dense = model.cls["predictions"].transform["dense"]
@@ -401,7 +399,7 @@ def test_words_go_through_the_head_only_where_they_are_labelled(monkeypatch):
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "MultipleChoice"])
 def test_dropout_before_the_classifier(head):
-    """At the config's own rate, the kept numbers scaled, in training alone; the same for packed and padded input."""
+    """At the config's rate, scaled, only in training; the same for packed and padded input."""
     kind = next(kind for kind in KINDS.values() if kind.head == head)
     config = config_of(kind)
     config.classifier_dropout = 0.5

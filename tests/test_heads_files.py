@@ -1,4 +1,4 @@
-"""Heads and checkpoints: ties, what is read and written, and what is started where there is nothing to read."""
+"""Heads and checkpoints: tied weights, what is read and written, and what is initialised if the file lacks it."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ each_with_words = pytest.mark.parametrize("head", WITH_WORDS)
 @each_head
 @pytest.mark.once
 def test_transformers_reads_our_folder(head, tmp_path):
-    """By its auto class: every weight, and the labels' names."""
+    """By its auto class, with every weight and the labels' names."""
     ours = ours_of(head)(config_of(head)).eval()
     ours.save_pretrained(tmp_path)
     auto = getattr(transformers, f"AutoModelFor{head}")
@@ -79,12 +79,12 @@ def test_we_read_transformers_folder(head, tmp_path):
     theirs.load_state_dict(ours.state_dict())
 
 
-# ---- what is started -------------------------------------------------------------------------------------
+# ---- what is initialised ---------------------------------------------------------------------------------
 
 
 @each_head
-def test_the_head_of_a_plain_bert_is_started(head, tmp_path):
-    """normal(0, initializer_range) by the seed, zero biases; a warning says which; the encoder is the checkpoint's."""
+def test_the_head_of_a_plain_bert_is_initialised(head, tmp_path):
+    """normal(0, initializer_range) by the seed, zero biases. A warning says which; the encoder is the checkpoint's."""
     config = BertConfig(**SIZES, initializer_range=0.5)
     plain = BertModel(config)
     plain.save_pretrained(tmp_path)
@@ -108,7 +108,7 @@ def test_the_head_of_a_plain_bert_is_started(head, tmp_path):
     assert not torch.equal(other.get_parameter(drawn), ours.get_parameter(drawn))
 
 
-def test_the_pooler_of_a_bert_without_one_is_started(tmp_path):
+def test_a_missing_pooler_is_initialised(tmp_path):
     BertModel(BertConfig(**SIZES), add_pooling_layer=False).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="bert.pooler.dense.weight"):
         ours = fastbert.BertForSequenceClassification.from_pretrained(tmp_path)
@@ -124,7 +124,7 @@ def test_an_encoder_with_a_part_missing_is_refused(tmp_path):
 
 
 def test_another_number_of_labels(tmp_path):
-    """A head that does not fit is an error; `new_head` starts one, and leaves the encoder as it is."""
+    """A head that does not fit is an error; `new_head` initialises one, and keeps the encoder."""
     trained = fastbert.BertForTokenClassification(BertConfig(**SIZES, num_labels=3))
     trained.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"classifier.weight: \[3, 32\] in the file, \[5, 32\] in the module"):
@@ -138,7 +138,7 @@ def test_another_number_of_labels(tmp_path):
     assert not torch.equal(same.classifier.weight, trained.classifier.weight)
 
 
-def test_a_head_of_another_task_is_left_alone(tmp_path):
+def test_a_head_of_another_task_is_ignored(tmp_path):
     fastbert.BertForPreTraining(BertConfig(**SIZES)).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="qa_outputs.weight, qa_outputs.bias"):
         fastbert.BertForQuestionAnswering.from_pretrained(tmp_path)
@@ -148,7 +148,7 @@ def test_a_head_of_another_task_is_left_alone(tmp_path):
     assert next_sentence.dtype == torch.bfloat16
 
 
-def test_the_heads_of_a_tensorflow_checkpoint_come_along(tmp_path):
+def test_the_heads_of_a_tensorflow_checkpoint_are_read(tmp_path):
     """Google's pre-training model, as `fastbert convert --to tensorflow` writes it."""
     from fastbert.convert import convert
 
@@ -214,7 +214,7 @@ def test_a_tied_weight_may_have_either_name(head):
 
 @pytest.mark.once
 def test_the_state_can_be_written_by_safetensors(tmp_path):
-    """transformers' Trainer hands `state_dict()` to this function, which refuses two names of one memory."""
+    """transformers' Trainer passes `state_dict()` to this function, which refuses two names for the same memory."""
     from safetensors.torch import load_file, save_file
 
     model = fastbert.BertForMaskedLM(BertConfig(**SIZES))
@@ -225,7 +225,7 @@ def test_the_state_can_be_written_by_safetensors(tmp_path):
 
 
 @pytest.mark.once
-def test_untied_weights_stay_apart(tmp_path):
+def test_untied_weights_stay_untied(tmp_path):
     model = fastbert.BertForMaskedLM(BertConfig(**SIZES, tie_word_embeddings=False)).eval()
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     model.save_pretrained(tmp_path)

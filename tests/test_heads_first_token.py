@@ -1,4 +1,4 @@
-"""A head that reads first tokens alone computes the last layer for them alone: the numbers are those of the whole."""
+"""A head that reads only first tokens computes the last layer only for these, with the results of the whole layer."""
 
 import copy
 
@@ -16,7 +16,7 @@ CONFIG = BertConfig(
     max_position_embeddings=80, initializer_range=0.3, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3,
     num_labels=3,
 )  # fmt: skip
-# a run of equal lengths, empty sequences at both ends and between, and more than one tile of keys
+# equal lengths in a row, empty sequences at the start, between and at the end, and more than one tile of keys
 LENGTHS = [0, 5, 5, 0, 70, 1, 9, 0]
 
 
@@ -25,7 +25,7 @@ def packed(lengths: list[int]) -> PackedBatch:
 
 
 def whole(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy that computes all of its last layer."""
+    """A copy that computes its whole last layer."""
     model = copy.deepcopy(model)
     model.FIRST_ONLY = False
     return model
@@ -52,7 +52,7 @@ def test_logits_and_gradients_are_those_of_the_whole_layer(impl, training, dtype
     batch, upstream = packed(lengths), torch.randn(len(lengths), 3)
     found = {}
     for name, model in models.items():
-        torch.manual_seed(5)  # from which the masks' seeds are drawn
+        torch.manual_seed(5)  # the masks' seeds are drawn from this generator
         logits = model(batch).logits
         (logits * upstream.to(logits.dtype)).sum().backward()
         found[name] = {"logits": logits} | {n: p.grad for n, p in model.named_parameters() if "key.bias" not in n}
@@ -63,7 +63,7 @@ def test_logits_and_gradients_are_those_of_the_whole_layer(impl, training, dtype
 
 
 def test_only_first_rows_go_through_the_last_layer():
-    """Counted at its feed-forward block; not if the layer's output is requested, nor in the layers before."""
+    """Counted at its feed-forward block. Not if the layer's output is requested, and not in earlier layers."""
     model = fastbert.BertForSequenceClassification(CONFIG, impl="native").eval()
     rows = []
     for number, layer in enumerate(model.bert.encoder["layer"]):
@@ -80,12 +80,12 @@ def test_only_first_rows_go_through_the_last_layer():
 
 
 @pytest.mark.parametrize("impl", ["native", "triton"])
-def test_the_model_by_itself(impl):
-    """Padded on the left and packed; nothing but empty sequences; without layers; by one call of C++ where there is."""
+def test_the_model_without_a_head(impl):
+    """Left-padded and packed input; only empty sequences; no layers; in one C++ call where there is one."""
     model = BertModel(CONFIG, impl=impl).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))  # without biases a sequence without a token would be zero by itself
+            p.add_(0.1 * torch.randn_like(p))  # without biases a sequence without tokens would be zero anyway
     mask = (torch.arange(6) >= torch.tensor([0, 4, 6])[:, None]).long()
     ids = torch.randint(1, 91, (3, 6))
     for context in (torch.enable_grad, torch.no_grad):
@@ -110,7 +110,7 @@ def test_the_model_by_itself(impl):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("lengths", [[5, 0, 3], [60, 40, 0, 9]], ids=["few_tokens", "many"])
 def test_in_one_call_of_all_layers_or_all_but_the_last(monkeypatch, layers, lengths):
-    """Without gradients, where a CPU has the layers in C++."""
+    """Without gradients, where the C++ computes layers."""
     config = copy.deepcopy(CONFIG)
     config.num_hidden_layers = layers
     model = BertModel(config, impl="native").eval()
@@ -130,7 +130,7 @@ def test_in_one_call_of_all_layers_or_all_but_the_last(monkeypatch, layers, leng
 
 
 def test_compiles_in_one_graph():
-    """The number of tokens of a padded batch is not known while a graph is traced."""
+    """While a graph is traced, the number of tokens of a padded batch is unknown."""
     model = BertModel(CONFIG, impl="native").eval()
     ids, mask = torch.randint(1, CONFIG.vocab_size, (2, 6)), torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
     compiled = torch.compile(model, fullgraph=True, backend="eager")

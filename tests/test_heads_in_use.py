@@ -1,4 +1,4 @@
-"""Heads under other people's loops: transformers' Trainer, PEFT, and torch's DDP and FSDP2."""
+"""Heads in other libraries' loops: transformers' Trainer, PEFT, and torch's DDP and FSDP2."""
 
 import copy
 import os
@@ -28,7 +28,7 @@ def ours_of(head: str) -> torch.nn.Module:
 
 
 def rows_of(head: str) -> list[dict]:
-    """Examples with labels of which the parts of a step have different numbers."""
+    """Examples with different numbers of labels in the parts of a step."""
     real = (torch.arange(WIDTH) < torch.tensor([9, 3, 5, 9, 2, 7, 8, 4])[:, None]).long()
     given = {"input_ids": torch.randint(1, 91, (ROWS, WIDTH)), "attention_mask": real}
     if head == "SequenceClassification":
@@ -60,8 +60,8 @@ def trainer_of(model, rows, folder, *, batch=ROWS, parts=1, **options):
 @pytest.mark.once
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "MaskedLM"])
 def test_trainer_takes_the_step_of_one_plain_batch(head, tmp_path):
-    """In one batch and in four, where transformers' own BERT takes a step four times as long, and one that depends on
-    how the labels are spread."""
+    """In one batch and in four. transformers' own BERT makes a step four times as long with four, which also depends on
+    how the labels are distributed."""
     torch.manual_seed(1)
     model = ours_of(head)
     rows, before = rows_of(head), copy.deepcopy(model)
@@ -72,7 +72,7 @@ def test_trainer_takes_the_step_of_one_plain_batch(head, tmp_path):
         result = trainer_of(trained, rows, tmp_path, batch=batch, parts=parts).train()
         assert result.training_loss == pytest.approx(before(**collate(rows)).loss.item(), rel=1e-5)
         for (name, p), q in zip(trained.named_parameters(), before.parameters(), strict=True):
-            # SGD at 0.1: an error of the gradient shows in the weights a tenth as large
+            # with SGD at 0.1, a tenth of a gradient's error shows in the weights
             torch.testing.assert_close(
                 p, q - 0.1 * q.grad, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
             )
@@ -80,7 +80,7 @@ def test_trainer_takes_the_step_of_one_plain_batch(head, tmp_path):
 
 @pytest.mark.once
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM"])
-def test_trainer_evaluates_predicts_saves_and_goes_on(head, tmp_path):
+def test_trainer_evaluates_predicts_saves_and_resumes(head, tmp_path):
     model = ours_of(head)
     rows = rows_of(head)
     trainer = trainer_of(model, rows, tmp_path, save_strategy="steps", save_steps=1)
@@ -88,7 +88,7 @@ def test_trainer_evaluates_predicts_saves_and_goes_on(head, tmp_path):
     with torch.no_grad():
         expected = model.eval()(**collate(rows))
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
-    if head != "MaskedLM":  # with labels it has no logits
+    if head != "MaskedLM":  # with labels this head has no logits
         labels = ("labels", "start_positions", "end_positions")
         unlabelled = [{name: t for name, t in row.items() if name not in labels} for row in rows]
         for given in (rows, unlabelled):
@@ -99,7 +99,7 @@ def test_trainer_evaluates_predicts_saves_and_goes_on(head, tmp_path):
 
     again = ours_of(head)
     trainer = trainer_of(again, rows, tmp_path, save_strategy="steps", save_steps=1)
-    trainer.train(resume_from_checkpoint=True)  # at its one step already
+    trainer.train(resume_from_checkpoint=True)  # its single step is already done
     for p, q in zip(again.parameters(), model.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -111,15 +111,15 @@ def test_trainer_evaluates_predicts_saves_and_goes_on(head, tmp_path):
     "targets", [("query", "value"), ("query", "key", "value", "dense")], ids=["query_value", "all"]
 )
 def test_lora_gives_what_it_gives_in_transformers(targets, tmp_path):
-    """Outputs, gradients of adapters and classifier alone, and the adapter's file; the layers' weights are not read
-    past the adapters, with gradients or without."""
-    peft = pytest.importorskip("peft", reason="what makes the adapters")
+    """Outputs, gradients of only the adapters and the classifier, and the adapter's file. With and without gradients,
+    the layers' weights are not read past the adapters."""
+    peft = pytest.importorskip("peft", reason="makes the adapters")
     plain = ours_of("SequenceClassification")
     theirs = transformers.BertForSequenceClassification(transformers.BertConfig(**plain.config.to_dict()))
     theirs.load_state_dict(plain.state_dict())
     config = peft.LoraConfig(r=4, target_modules=[*targets], task_type="SEQ_CLS", init_lora_weights=False)
     models = [peft.get_peft_model(model, copy.deepcopy(config)) for model in (copy.deepcopy(plain), theirs)]
-    models[0].load_state_dict(models[1].state_dict())  # one set of adapters for both
+    models[0].load_state_dict(models[1].state_dict())  # the same adapters for both
     ours, theirs = models
     batch = collate(rows_of("SequenceClassification"))
     outputs = [model.train()(**batch) for model in models]
@@ -146,7 +146,7 @@ def test_lora_gives_what_it_gives_in_transformers(targets, tmp_path):
 
 
 def test_hooks_on_linear_layers_and_tables_are_called():
-    """Whoever listens to a layer, or changes what it gives, is heard: as NEFTune's noise on the embedding."""
+    """A hook may observe a layer or change its output, as NEFTune adds noise to the embeddings."""
     model = ours_of("SequenceClassification").eval()
     batch = collate(rows_of("SequenceClassification"))
     before, heard = model(**batch).logits, []

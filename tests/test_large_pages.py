@@ -1,4 +1,4 @@
-"""An Encoder's weights lie in large pages of memory: the values, storages and objects that the move leaves."""
+"""An Encoder's weights are in large pages of memory; the move keeps values, storages and objects."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert import BertConfig, BertModel
 from fastbert.encoding.encoder import Encoder
 from fastbert.inference import large_pages
 from fastbert.inference.large_pages import LEAST, LINE, move_to_large_pages
 from fastbert.kernels.cpu import int8
+from small_bert import SPECIAL, save_bert
 
-on_linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are asked for on Linux alone")
+on_linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large pages are used on Linux only")
 pytestmark = pytest.mark.once
 
 
@@ -32,7 +32,7 @@ def model(width: int = 1536, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def kept(asked: list[mmap.mmap], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps what memory was asked for."""
+    """Keeps every allocation of large pages in `asked`."""
     original = large_pages._large_pages
 
     def noted(size: int) -> mmap.mmap | None:
@@ -64,21 +64,21 @@ def test_values_objects_and_storages(dtype: torch.dtype, monkeypatch: pytest.Mon
     for p in weights:
         assert p.untyped_storage().nbytes() == p.nbytes
         assert p.data_ptr() % LINE == 0
-        assert p.data_ptr() >= ends  # nothing lies over another
+        assert p.data_ptr() >= ends  # no tensor overlaps another
         ends = p.data_ptr() + p.nbytes
     assert ends - weights[0].data_ptr() <= len(asked[0])
 
 
 @on_linux
 def test_memory_outlives_the_model():
-    """The parameters hold the memory, which goes with the last of them."""
+    """The parameters hold the memory, which is freed with the last of them."""
     weight = move_to_large_pages(model(), torch.float32)[1].weight
     expected = model()[1].weight
     assert torch.equal(weight, expected)
 
 
 @on_linux
-def test_an_embedding_of_the_dtype_stays():
+def test_an_embedding_that_has_the_dtype_is_not_moved():
     moved = model()
     where = moved[0].weight.data_ptr()
     move_to_large_pages(moved, torch.float32)
@@ -87,7 +87,7 @@ def test_an_embedding_of_the_dtype_stays():
 
 @pytest.mark.parametrize("missing", [False, True], ids=["small", "no-large-pages"])
 def test_ordinary_memory(missing: bool, monkeypatch: pytest.MonkeyPatch):
-    """A small model, and any where the system refuses, is converted all the same."""
+    """A small model, and any model if the system refuses, is converted in ordinary memory."""
     if missing:
         monkeypatch.setattr(large_pages, "_large_pages", lambda size: None)
     else:
@@ -109,23 +109,18 @@ def test_a_kernel_without_large_pages(monkeypatch: pytest.MonkeyPatch):
 
 @on_linux
 def test_a_limit_of_memory():
-    """Weights that are mapped from their file stay there, where a copy of them has no room (here: no addresses)."""
+    """If there is no room for a copy (here: in the address space), weights stay mapped from their file."""
     assert large_pages._large_pages(1 << 60) is None
 
 
 @on_linux
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_an_encoder_moves_its_weights(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Not of weights in 8 bits, since what these replace would stay in memory. The vectors are the same bits."""
+    """Not 8-bit weights, because the weights that they replace would stay in memory. The vectors have the same bits."""
     if dtype == "int8" and int8.why_not() is not None:
         pytest.skip(int8.why_not())
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 16}
+    save_bert(tmp_path, [*SPECIAL, "one", "two"], **sizes)
 
     def load() -> Encoder:
         return Encoder.from_pretrained(tmp_path, dtype=dtype, device="cpu", impl="native")

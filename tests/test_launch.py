@@ -1,8 +1,8 @@
-"""Every operator through Triton's own launch path: argument binding, specialisation and packing, without a card.
+"""Every operator through Triton's own launch path: argument binding, specialisation and packing, without a GPU.
 
-The interpreter and the offline compiler go round that code, and so did these tests once: every kernel with an argument
-named `stream` passed them all, and none could be launched, because Triton's launcher keeps that keyword to itself.
-`launches.py` runs the operators with a driver for a card that is not there; here is what must be true of its record.
+The interpreter and the offline compiler bypass that code, and the tests once did too: every kernel with an argument
+named `stream` passed them all, but none could be launched, because Triton's launcher reserves that keyword.
+`launches.py` runs the operators with a driver for an absent GPU; these tests check what it recorded.
 """
 
 import ast
@@ -57,7 +57,7 @@ def compile_cases():
 
 @pytest.mark.parametrize("op", verify.CASES)
 def test_every_operator_dtype_and_direction_is_launched(every_operator, op):
-    """The launcher refuses nothing, and what it packs is what the kernel was bound for."""
+    """The launcher refuses nothing, and packs the arguments for which the kernel was bound."""
     runs = [run for run in every_operator if run["op"] == op]
     assert {run["dtype"] for run in runs} == set(verify.DTYPES)
     assert {run["case"] for run in runs} == set(verify.CASES[op])
@@ -67,13 +67,13 @@ def test_every_operator_dtype_and_direction_is_launched(every_operator, op):
 
 
 def test_a_second_call_launches_what_the_first_did(every_operator):
-    """The first goes through Triton's binder, the second through the plan that was kept."""
+    """The first call uses Triton's binder, the second the stored plan."""
     assert [run for run in every_operator if not run["same"]] == []
 
 
-def test_a_tensor_at_an_odd_address_is_bound_anew():
-    """A kernel kept for addresses that are divisible by 16 may read 16 bytes at once, which faults elsewhere. Only
-    Triton's binder looks at the address again, and takes the kernel that assumes nothing."""
+def test_a_tensor_at_an_odd_address_is_bound_again():
+    """A kernel bound for addresses divisible by 16 may read 16 bytes at once, which faults at other addresses. Triton's
+    binder checks addresses, and chooses a kernel that assumes nothing."""
     runs = _record("alignment")
     assert [run["aligned"] for run in runs] == [True, True, False, False, True]
     assert [run["assumed"] for run in runs] == [run["aligned"] for run in runs]
@@ -81,15 +81,15 @@ def test_a_tensor_at_an_odd_address_is_bound_anew():
     assert len({run["variant"] for run in runs}) == 2
 
 
-def test_a_layer_looks_at_its_tensors_once_and_at_all_of_them():
-    """Its plans take the layer's word that 16 divides all addresses, which the launcher checks here once more: one
-    tensor anywhere else, and every plan has to look for itself."""
+def test_a_layer_checks_the_addresses_of_all_its_tensors_once():
+    """If all addresses are divisible by 16, the layer's plans skip their own check; the launcher checks here again.
+    With one tensor at another address, every plan must check."""
     runs = _record("layer_alignment")
     first, _, third, *odd = runs
     assert [(run["odd"], run["error"]) for run in runs if run["error"]] == []
     assert third["looks"] == 0 < first["looks"] == third["launches"]
     assert len(odd) == 18
-    # the upstream gradient is met on the way back only
+    # the upstream gradient appears only in the backward pass
     assert {run["odd"] for run in odd if run["looks"] < run["launches"]} == {"dy"}
     assert next(run["looks"] for run in odd if run["odd"] == "dy") > 0
 
@@ -100,7 +100,7 @@ def test_every_kernel_is_launched(every_operator):
 
 
 def test_no_kernel_is_compiled_again_and_again(twenty_batches):
-    """Over twenty batches of all sizes a kernel's config has few variants: each costs seconds when it first comes."""
+    """Over twenty batches of all sizes a kernel's config has few variants. Each costs seconds at its first launch."""
     many = [
         (run["op"], run["case"], run["dtype"], kernel, count, run["differ"].get(kernel))
         for run in twenty_batches
@@ -110,32 +110,32 @@ def test_no_kernel_is_compiled_again_and_again(twenty_batches):
     assert many == []
 
 
-def test_sizes_of_the_batch_are_no_reason_to_compile(twenty_batches):
-    """Where no bias, mask or padded width is given nothing of a batch is in a kernel but whether it is long."""
+def test_sizes_of_the_batch_do_not_cause_compilation(twenty_batches):
+    """Without a bias, a mask or a padded width, a kernel depends on the batch only by whether it is large."""
     plain = {"plain", "dropout", "mean", "gelu", "cls", "max"}
     found = {
         (run["op"], kernel, *names)
         for run in twenty_batches
         if run["case"] in plain and not run["op"].endswith("padded") and run["op"] != "linear_cross_entropy"
         for kernel, names in run["differ"].items()
-        # a layer sums vectors of two widths, and there is a table of distances for keys and one for queries
+        # a layer sums vectors of two widths, and there are tables of distances for keys and for queries
         if kernel.split()[0] != "_disentangled_bwd_diagonal_kernel"
         and (run["op"], kernel.split()[0]) != ("encoder_layer", "_sum_parts_kernel")
     }
     assert found == set()
 
 
-# kernels of attention, forward and backward, that a batch of sequences needs
+# the attention kernels, forward and backward, that each kind of batch needs
 FOR_SHORT = (["fwd_heads"], ["bwd_heads"])
 FOR_A_TILE = (["fwd_tile"], ["bwd_tile"])
 FOR_LONG = (["fwd"], ["bwd_dkv", "bwd_dq"])
 OF_ATTENTION = {
     "short": (FOR_SHORT,), "tile": (FOR_A_TILE,), "long": (FOR_LONG,), "mixed": (FOR_LONG, FOR_SHORT, FOR_A_TILE),
 }  # fmt: skip
-# where only the longest sequence is known: any shorter one may be there
+# for when only the longest length is known, so that any shorter sequence may be there
 ALL = OF_ATTENTION["mixed"]
 UP_TO = {"short": (FOR_SHORT,), "tile": (FOR_SHORT, FOR_A_TILE), "long": ALL, "mixed": ALL}
-# ours beside attention's, in one layer: forward in evaluation; forward and backward in training
+# our other kernels in one layer: forward in evaluation; forward and backward in training
 OTHERS_OF_A_LAYER = (2, 9)
 
 
@@ -146,7 +146,7 @@ def layers():
 
 @pytest.mark.parametrize("known", [True, False])
 def test_kernels_that_no_sequence_needs_are_not_launched(layers, known):
-    """What a layer launches of attention's; each name means one launch."""
+    """The attention kernels that a layer launches; each name is one launch."""
     found = {}
     for layer in layers:
         names = [name.removeprefix("_").removesuffix("_kernel") for name in layer["kernels"] if "attention" in name]
@@ -160,8 +160,8 @@ def test_kernels_that_no_sequence_needs_are_not_launched(layers, known):
     assert found == expected
 
 
-def test_launches_of_a_layer_beside_attention(layers):
-    """Python between launches is what holds up a small batch, so their number is a figure of its own."""
+def test_number_of_launches_of_a_layer_without_attention(layers):
+    """Python's time between launches limits small batches, so their number is counted."""
     counts = {
         layer["training"]: len([name for name in layer["kernels"] if "attention" not in name]) for layer in layers
     }
@@ -169,7 +169,7 @@ def test_launches_of_a_layer_beside_attention(layers):
 
 
 def test_one_kernel_makes_the_list_of_tiles():
-    """On the device; none where the host has made it, and sent it along."""
+    """On the device. None is launched if the host made the list and sent it."""
     found = {run["name"]: run["kernels"] for run in _record("schedules")}
     one = ["_attention_schedule_kernel"]
     assert found == {"mask": one, "device": one, "cross": one, "padded": one, "lists": []}
@@ -189,9 +189,9 @@ FUNCTIONS = _device_functions()
 KERNELS = {name: function for name, function in FUNCTIONS.items() if name.endswith("_kernel")}
 
 
-# It is launched where there is a bias alone.
+# This kernel is launched only with a bias.
 ONE_VALUE = {("_attention_bwd_bias_kernel", "HAS_BIAS")}
-# Handed to a function that takes None, but never None themselves.
+# Passed to a function that accepts None, but never None themselves.
 NEVER_NONE = {
     ("_sum_chunks_kernel", "order_ptr"), ("_sum_table_rows_kernel", "order_ptr"), ("_embedding_fwd_kernel", "mean_ptr"),
 }  # fmt: skip
@@ -199,7 +199,7 @@ NEVER_NONE = {
 
 @functools.cache
 def _may_be_none(name: str) -> frozenset[str]:
-    """Arguments that the function, or one that it hands them to, compares with None."""
+    """Arguments that the function, or one to which it passes them, compares with None."""
     found = set()
     for node in ast.walk(FUNCTIONS[name]):
         if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and ast.unparse(node).endswith("None"):
@@ -218,7 +218,7 @@ def _flags(function: ast.FunctionDef) -> list[str]:
 
 @pytest.fixture(scope="module")
 def bound(compile_cases):
-    """(kernel, argument) -> the values that compile cases bind it to, "tensor" for what they give at run time."""
+    """(kernel, argument) -> the values to which compile cases bind it; "tensor" for run-time arguments."""
     values = defaultdict(set)
     for part in compile_cases:
         for case in part["cases"]:
@@ -233,7 +233,7 @@ def test_no_call_is_refused(compile_cases):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_both_values_of_every_flag_are_compiled(bound, kernel):
-    """`add_rms_norm` did not compile for as long as no case asked for it."""
+    """`add_rms_norm` did not compile, and no compile case covered it."""
     flags = {name: bound[kernel, name] for name in _flags(KERNELS[kernel]) if (kernel, name) not in ONE_VALUE}
     of_booleans = {name: values for name, values in flags.items() if {type(value) for value in values} == {bool}}
     assert {name: values for name, values in of_booleans.items() if values != {False, True}} == {}
@@ -246,7 +246,7 @@ def test_what_may_be_absent_is_compiled_with_and_without(bound, kernel):
 
 
 def _values(launches) -> dict[tuple[str, str], set]:
-    """(kernel, argument) -> the flags, names and None that it is bound to at compile time."""
+    """(kernel, argument) -> the flags, names and None to which it is bound at compile time."""
     values = defaultdict(set)
     for launch in launches:
         for argument, value in launch["constexprs"].items():
@@ -256,8 +256,8 @@ def _values(launches) -> dict[tuple[str, str], set]:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_what_is_emulated_in_minutes_launches_every_kernel_at_every_flag(compile_cases, arch):
-    """Whatever a compile case reaches on this architecture, a run of `emulated_subset.py` does too."""
+def test_the_emulated_subset_launches_every_kernel_at_every_flag(compile_cases, arch):
+    """Every flag of a compile case on this architecture is also launched by a run of `emulated_subset.py`."""
     compiled = [case for part in compile_cases if part["arch"] == arch for case in part["cases"]]
     launched = [launch for run in _record("emulated_subset") if run["arch"] == arch for launch in run["launches"]]
     assert {launch["kernel"] for launch in launched} == set(KERNELS)
@@ -280,7 +280,7 @@ def test_what_is_emulated_in_minutes_launches_every_kernel_at_every_flag(compile
     ],
 )
 def test_compile_cases_cover_the_ladders(compile_cases, kernel, config_of, most):
-    """Every tile that a width can lead to is compiled by some case."""
+    """A compile case covers every tile to which a width can lead."""
     compiled = {
         (case["constexprs"]["BLOCK_M"], case["constexprs"]["BLOCK_N"], case["num_warps"])
         for part in compile_cases

@@ -37,10 +37,10 @@ def outputs_of(op, *arguments, **options) -> tuple:
 # ---- against the reference -------------------------------------------------------------------------------
 
 WIDTHS = {
-    "one_column": 1,  # the variance is zero: y = bias
+    "one_column": 1,  # zero variance: y = bias
     "under_a_block": 7,
     "several_rows_a_warp": 64,
-    "minilm": 384,  # two rows of 512 a program
+    "minilm": 384,  # two rows of 512 in a program
     "base": 768,  # three quarters of a block
     "multiple_of_eight_only": 1000,
     "block_is_full": 1024,
@@ -51,14 +51,14 @@ WIDTHS = {
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS.keys())
 @pytest.mark.parametrize("op", OPS)
 def test_widths(op, width, device):
-    """Every output and gradient, all inputs there, with dropout."""
-    # RMSNorm of one column is a sign, with a gradient of the size of eps: with a small eps, only rounding errors
+    """Every output and gradient, with all inputs and dropout."""
+    # RMSNorm of one column is a sign, whose gradient is of the size of eps: with a small eps it is only rounding
     eps = {"eps": 0.1} if width == 1 else {}
     assert_op(op, inputs_of(op, width, 3, x_bias=True, dropout_p=0.1, **eps), torch.float16, device)
     assert_op(op, inputs_of(op, width, 3, **eps), torch.float32, device)
 
 
-# 257 rows of 40: the backward programs loop, the last tile holds one row of four, and 64 partial sums are added
+# 257 rows of 40: backward programs loop, the last tile has one row of four, and 64 partial sums are added
 @pytest.mark.parametrize(("rows", "width"), [(1, 384), (3, 384), (257, 40)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
@@ -86,13 +86,13 @@ def test_no_rows(op, device):
     assert all(out.shape == x.shape for out in outputs_of(op, x, x, None, None))
 
 
-# beyond 4,096 columns dbias and dx_bias are summed apart from the kernel
+# beyond 4,096 columns dbias and dx_bias are summed by another kernel
 ALONE = [*((op, 40, p) for op in OPS for p in (0.0, 0.2)), ("add_layer_norm", 5000, 0.2)]
 
 
 @pytest.mark.parametrize(("op", "width", "dropout_p"), ALONE)
 def test_a_gradient_alone_has_the_same_bits(op, width, dropout_p, device):
-    """Freezing everything but one input changes which tensors the backward kernel writes, and nothing else."""
+    """Freezing all inputs but one changes which tensors the backward kernel writes, and nothing else."""
     values = values_of(op, width, device)
     together = gradients_of(op, values, range(len(values)), dropout_p)
     for n, expected in enumerate(together):
@@ -100,8 +100,8 @@ def test_a_gradient_alone_has_the_same_bits(op, width, dropout_p, device):
 
 
 @pytest.mark.parametrize(("op", "width", "dropout_p"), ALONE)
-def test_one_kernel_whichever_gradients_are_wanted(op, width, dropout_p, device, kernels_of):
-    """Two would add in two orders: their layouts are the compiler's choice, for what each loads and stores."""
+def test_one_kernel_computes_any_set_of_gradients(op, width, dropout_p, device, kernels_of):
+    """Two kernels could add in different orders, since the compiler chooses layouts by loads and stores."""
     values = values_of(op, width, device)
     everything = range(len(values))
     together = kernels_of(lambda: gradients_of(op, values, everything, dropout_p))
@@ -111,7 +111,7 @@ def test_one_kernel_whichever_gradients_are_wanted(op, width, dropout_p, device,
 
 
 def values_of(op, width, device):
-    """x, residual, weight, bias (not RMSNorm's), x_bias."""
+    """x, residual, weight, bias (RMSNorm has none), x_bias."""
     values = [torch.randn(5, width, device=device) for _ in range(2)] + [
         torch.randn(width, device=device) for _ in "wbx"
     ]
@@ -130,9 +130,9 @@ def gradients_of(op, values, wanted, dropout_p):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_one_kernel_whether_a_gradient_follows(op, device, kernels_of):
-    """Storing the statistics once made another kernel: where nothing else used a row's mean, sum / N was not rounded
-    before it was subtracted, so y had other bits in training."""
+def test_forward_is_one_kernel_with_and_without_gradients(op, device, kernels_of):
+    """Storing the statistics made another kernel: if nothing else used a row's mean, sum / N was not rounded before it
+    was subtracted, so y had other bits in training."""
     x, residual, *weights, x_bias = values_of(op, 384, device)
     forward = lambda: outputs_of(op, x, residual, *weights, *[None] * (op == "add_rms_norm"), x_bias=x_bias)  # noqa: E731
     alone, kernel = forward(), kernels_of(forward)
@@ -153,7 +153,7 @@ def test_sum_form_with_one_output_unused(device):
 
 
 def test_gradients_of_x_and_residual_do_not_share_memory(device):
-    """Without dropout they are one tensor inside; a step that scales one in place must not scale the other."""
+    """Without dropout they are one tensor internally, but scaling one in place must not scale the other."""
     x, residual = (torch.randn(5, 24, device=device, requires_grad=True) for _ in range(2))
     layer_norm.add_layer_norm(x, residual, None, None).backward(torch.randn(5, 24, device=device))
     before = residual.grad.clone()
@@ -166,8 +166,8 @@ def test_gradients_of_x_and_residual_do_not_share_memory(device):
 
 @pytest.mark.parametrize("op", OPS)
 def test_strided_inputs(op, device):
-    """Columns of wider NaN-poisoned tensors, a transposed tensor, one at an odd address, an expanded upstream gradient:
-    the same bits."""
+    """Columns of wider NaN-poisoned tensors, a transposed tensor, one at an odd address, and an expanded upstream
+    gradient give the same bits."""
     values = [torch.randn(6, 24, device=device) for _ in range(2)]
     weights = [torch.randn(24, device=device) for _ in range(2)]
     dy = torch.randn(24, device=device)
@@ -193,7 +193,7 @@ def test_strided_inputs(op, device):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_one_kernel_wherever_the_rows_lie(op, device, kernels_of):
+def test_one_kernel_for_every_layout_of_rows(op, device, kernels_of):
     values = values_of(op, 24, device)
     elsewhere = [torch.cat((v.new_zeros(1), v.flatten()))[1:].view(v.shape) for v in values]  # at an odd address
     assert all(v.data_ptr() % 16 for v in elsewhere)
@@ -213,7 +213,7 @@ def test_one_kernel_wherever_the_rows_lie(op, device, kernels_of):
 
 
 def test_more_dimensions(device):
-    """[B, S, N] and a slice of it that no [M, N] view can describe."""
+    """[B, S, N], and a slice of it that is no view [M, N]."""
     x = torch.randn(4, 6, 32, device=device)[:, 1:5]
     y, z = layer_norm.add_layer_norm_sum(x, x, None, None)
     assert y.shape == z.shape == x.shape
@@ -221,7 +221,7 @@ def test_more_dimensions(device):
 
 
 def test_element_offsets_past_32_bits(device, tmp_path):
-    """Rows 0 and 2^18 of 8,192 elements, the only ones that this program takes: offsets in 32 bits would wrap."""
+    """The kernel reads rows 0 and 2^18 of 8,192 elements, where 32-bit offsets would wrap."""
     if device != "cpu":
         pytest.skip("a sparse file maps to CPU memory only")
     n_rows, width = 2**18 + 1, 8192
@@ -244,7 +244,7 @@ def test_element_offsets_past_32_bits(device, tmp_path):
 @pytest.mark.parametrize("width", [7, 384, 2048])
 @pytest.mark.parametrize("named", [False, True], ids=["rows_by_number", "rows_by_name"])
 def test_dropout_mask_is_the_specification_s(named, width, device):
-    """Bit for bit in the forward pass (z is zero where dropped) and in the backward pass (so is dx)."""
+    """Exactly the same mask in the forward pass (z is zero where dropped) and the backward pass (dx is)."""
     rows, p = 37, 0.3
     seed = torch.tensor([2**62 + 12345], device=device)
     names = torch.randint(-(2**62), 2**62, (rows,), device=device)
@@ -276,7 +276,7 @@ def test_dropout_differs_by_seed_and_stream(device):
 
 
 def test_large_mean(device):
-    """A row far from zero: a variance taken as avg(z^2) - avg(z)^2 would lose every digit."""
+    """A row far from zero: a variance computed as avg(z^2) - avg(z)^2 would lose all digits."""
     x = torch.randn(5, 768, device=device) + 3000.0
     truth = reference.add_layer_norm(x.double(), None, None, None)
     assert_within_budget(
@@ -285,7 +285,7 @@ def test_large_mean(device):
 
 
 def test_constant_row(device):
-    """No variance at all: zeros, and finite gradients."""
+    """Without variance: zeros, and finite gradients."""
     x = torch.full((2, 100), 2.0, device=device, requires_grad=True)
     y = layer_norm.add_layer_norm(x, None, None, None)
     assert torch.equal(y, torch.zeros_like(y))
@@ -293,8 +293,8 @@ def test_constant_row(device):
 
 
 def test_sum_form_normalises_the_sum_that_it_returns(device):
-    """Rows almost without variance: y from an unrounded z but x_hat from the rounded one (what backward reads) once
-    gave a weight gradient of 1e6 times the rounding error."""
+    """Rows with almost no variance: y was computed from the unrounded z, but x_hat from the rounded one that backward
+    reads, which gave a weight gradient of 1e6 times the rounding error."""
     x, residual = (torch.full((3, 8), value, device=device, dtype=torch.float16) for value in (1.1, 0.0004))
     weight = torch.ones(8, device=device, dtype=torch.float16, requires_grad=True)
     y, _ = layer_norm.add_layer_norm_sum(x, residual, weight, None)
@@ -303,7 +303,7 @@ def test_sum_form_normalises_the_sum_that_it_returns(device):
     assert torch.equal(dweight, torch.zeros_like(dweight))
 
 
-def test_a_poisoned_row_stays_alone(device):
+def test_a_poisoned_row_affects_no_other_row(device):
     x = torch.randn(9, 48, device=device)
     clean = layer_norm.add_layer_norm(x, x, None, None)
     x[4] = torch.nan
@@ -335,7 +335,7 @@ def test_a_row_alone_has_the_same_bits(op, width, device):
 
 
 def test_mixed_dtypes(device):
-    """Under autocast x comes in half precision from a linear layer, residual and parameters in float32."""
+    """Under autocast x comes from a linear layer in half precision; residual and parameters are float32."""
     inputs = inputs_of("add_layer_norm_sum", 96, 5, x_bias=True)
     leaves = {name: t.to(device, copy=True).requires_grad_() for name, t in inputs.items()}
     x = leaves["x"] = leaves["x"].detach().half().requires_grad_()

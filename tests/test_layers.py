@@ -1,4 +1,4 @@
-"""The building blocks beside torch's own, and what they refuse."""
+"""The building blocks compared with torch's own, and what they refuse."""
 
 import copy
 
@@ -109,7 +109,7 @@ def test_encoder_layer_unbatched_dropout_and_refusals():
         EncoderLayer(32, 2, activation=nn.Tanh())
 
 
-def test_multi_head_attention_refuses_what_it_does_not_have():
+def test_multi_head_attention_refuses_unsupported_options():
     x = torch.randn(1, 3, 32)
     with pytest.raises(ValueError, match="need_weights"):
         MultiheadAttention(32, 4)(x, x, x, need_weights=True)
@@ -136,7 +136,7 @@ def test_add_layer_norm(impl):
         AddLayerNorm((4, 8))
 
 
-def test_add_layer_norm_drops_in_training_only():
+def test_add_layer_norm_has_dropout_in_training_only():
     norm, x = AddLayerNorm(32, dropout=0.5), torch.randn(5, 32)
     norm.impl = "native"
     assert not torch.equal(norm(x), norm(x))
@@ -161,12 +161,12 @@ def test_feed_forward(activation):
 
 
 def test_joined_linears_follow_their_parts():
-    """The joined weight is kept if its parts were marked; any change of a part must still be noticed."""
+    """The joined weight is kept if its parts were marked. Every change of a part must be noticed."""
     parts = [nn.Linear(8, 4), nn.Linear(8, 6)]
     joined, x = JoinedLinears(), torch.randn(3, 8)
     with torch.no_grad():
         joined(x, parts)
-    assert joined._weight_and_bias is None  # nothing was promised
+    assert joined._weight_and_bias is None  # the parts are not marked
     prepack(nn.ModuleList(parts))
 
     def expected():
@@ -187,7 +187,7 @@ def test_joined_linears_follow_their_parts():
 
 
 def test_joined_linears_of_weights_made_in_inference_mode():
-    """Such tensors carry no version, so nothing can be kept; once they raised."""
+    """Such tensors have no version counter, so nothing can be kept. They once raised an error."""
     with torch.inference_mode():
         parts = [nn.Linear(8, 4, bias=False), nn.Linear(8, 6, bias=False)]
         joined, x = JoinedLinears(), torch.randn(3, 8)

@@ -1,4 +1,4 @@
-"""Attention from PyTorch's own operators, every variant beside the specification, which sets truth and budget."""
+"""Attention by PyTorch's own operators: every variant compared with the specification, which sets truth and budget."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fastbert.testing import MODELS, assert_op, attention_inputs, attention_padd
 
 pytestmark = pytest.mark.native
 
-LENGTHS = [5, 5, 0, 17, 1, 17]  # runs of one length, an empty sequence among them, and one token
+LENGTHS = [5, 5, 0, 17, 1, 17]  # equal lengths, an empty sequence between them, and one token
 VARIANTS = {
     "plain": {},
     "grouped_heads": {"kv_heads": 1},
@@ -42,7 +42,7 @@ def test_padded(options, dtype):
 
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["no_dropout", "dropout"])
 def test_a_mask_and_a_bias_of_each_sequence(p):
-    """Each sequence's own, also past an empty one; a row that its mask leaves no key is zero."""
+    """Each sequence has its own, also after an empty one. A row whose mask allows no key is zero."""
     inputs = attention_inputs(MODELS["tiny"], LENGTHS, dropout_p=p)
     mask = torch.rand(6, 1, 17, 17, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[3, :, 2] = False
@@ -52,8 +52,8 @@ def test_a_mask_and_a_bias_of_each_sequence(p):
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
 @pytest.mark.parametrize("sequences", [0, 2])
-def test_without_a_token_every_input_has_a_gradient_of_zero(impl, sequences):
-    """Outputs without rows were made of nothing: a batch of no texts left the projections without gradients, where
+def test_without_tokens_every_input_has_a_zero_gradient(impl, sequences):
+    """Outputs without rows did not depend on the inputs: a batch without texts left the projections without gradients.
     torch's own modules have zeros, and DistributedDataParallel waits for them."""
     q, k, v = (torch.empty(0, 2, 8, requires_grad=True) for _ in range(3))
     bias = torch.randn(sequences, 2, 4, 4, requires_grad=True)
@@ -69,7 +69,7 @@ def test_without_a_token_every_input_has_a_gradient_of_zero(impl, sequences):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_large_scores_with_dropout(dtype):
-    """In float16 q k^T overflowed before it was scaled, and a whole layer became NaN; torch's SDPA computes it in
+    """In float16 q k^T overflowed before it was scaled, and a whole layer became NaN; torch's SDPA multiplies in
     float32. The largest score here is far above float16's 65,504."""
     inputs = attention_inputs(MODELS["tiny"], [9, 4], dropout_p=0.3)
     for name in ("q", "k"):

@@ -1,12 +1,12 @@
-"""GPUs older than the kernels are written for (V100, T4): native computes there, in float16, and everybody says so.
+"""GPUs that are too old for the kernels (V100, T4): native computes in float16, and every report says so.
 
-No such card is needed: what torch answers about one is replaced.
+No such GPU is needed: torch's answers about the GPU are replaced.
 """
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="without Triton every card is refused for that")
+pytest.importorskip("triton", reason="without Triton every GPU is refused for another reason")
 
 import fastbert
 from fastbert import BertConfig, BertModel, functional, info
@@ -19,7 +19,7 @@ REASON = "the kernels need compute capability 8.0, and this card has 7.5"
 
 @pytest.fixture
 def capability(monkeypatch):
-    """Sets the compute capability of every CUDA device, and whether torch is built for AMD's."""
+    """Sets the compute capability of every CUDA device, and whether torch is built for AMD."""
 
     def answer(major: int, minor: int, hip: str | None = None) -> None:
         monkeypatch.setattr(torch.version, "hip", hip)
@@ -32,7 +32,7 @@ def capability(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "impl", "dtype"),
     [
-        ((6, 1), "native", torch.float32),  # GTX 1080: float16 at a sixty-fourth of float32's rate
+        ((6, 1), "native", torch.float32),  # GTX 1080: float16 at 1/64 of the rate of float32
         ((7, 0), "native", torch.float16),  # V100
         ((7, 5), "native", torch.float16),  # T4
         ((8, 0), "triton", torch.bfloat16),
@@ -40,14 +40,14 @@ def capability(monkeypatch):
         ((9, 0), "triton", torch.bfloat16),
         ((12, 1), "triton", torch.bfloat16),
         ((9, 4, "6.4"), "triton", torch.bfloat16),  # MI300: gfx942
-        ((7, 0, "6.4"), "triton", torch.bfloat16),  # an AMD number below 8.0 says nothing about matrix units
+        ((7, 0, "6.4"), "triton", torch.bfloat16),  # for AMD, a number below 8.0 says nothing about matrix units
     ],
 )
-def test_who_computes_and_in_what(given, impl, dtype, capability):
+def test_implementation_and_dtype(given, impl, dtype, capability):
     capability(*given)
     assert functional.choose_impl(None, CARD) == impl
     assert resolve_dtype("auto", CARD) == dtype
-    assert resolve_dtype("bfloat16", CARD) == torch.bfloat16, "what was asked for stays"
+    assert resolve_dtype("bfloat16", CARD) == torch.bfloat16, "an explicit dtype stays"
     assert (functional.why_not_triton(CARD) is None) == (impl == "triton")
 
 
@@ -90,12 +90,12 @@ def test_explain_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize("given", [(7, 5), (9, 0)])
-def test_the_question_is_no_part_of_a_graph(given, monkeypatch):
-    """torch.compile meets it in every operator: one graph, whatever the answer."""
+def test_asking_for_the_capability_does_not_break_a_graph(given, monkeypatch):
+    """Every operator asks, also under torch.compile: there is one graph, whatever the answer."""
     torch._dynamo.reset()
 
     def ask(index=None):
-        torch._dynamo.graph_break()  # as torch's own question of the driver: not to be traced
+        torch._dynamo.graph_break()  # torch's own query of the driver cannot be traced either
         return given
 
     monkeypatch.setattr(torch.version, "hip", None)
@@ -108,8 +108,8 @@ def test_the_question_is_no_part_of_a_graph(given, monkeypatch):
     assert compiled(torch.ones(())) == (2.0 if given < (8, 0) else 3.0)
 
 
-def test_models_run_there(capability):
-    """The path that such a card takes, on a CPU: every operator of a model by native, in float16."""
+def test_models_run_as_on_such_a_gpu(capability):
+    """The path of such a GPU, run on a CPU: every operator of a model by native, in float16."""
     capability(7, 5)
     config = BertConfig(vocab_size=29, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What gets installed, and under which names."""
+"""What is installed, and under which names."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Runs code in a fresh interpreter; `cwd` is on its sys.path, as it is for a person who types `python` there."""
+    """Runs code in a fresh interpreter; `cwd` is on its sys.path, as when somebody types `python` there."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=inherited | environment, capture_output=True, text=True, check=False
@@ -27,7 +27,7 @@ def python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProc
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of this source tree, built in a copy of it: nothing old in build/ gets in, nothing new stays."""
+    """The wheel of this source tree, built in a copy of it, so that nothing old in build/ gets in."""
     pytest.importorskip("build", reason="needs the test extra")
     folder = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__")
@@ -49,17 +49,17 @@ def test_wheel_holds_every_module_and_no_other_top_level_name(wheel):
             assert f"{installed}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert {"fastbert/py.typed", "fastbert/data/devils_dictionary.txt", "fastbert/data/README.md"} <= names
     assert "fastbert/service/page.html" in names
-    if cpp.dtypes():  # what compiled the operators here compiles them for every set of instructions
+    if cpp.dtypes():  # a compiler that built operators here builds them for every instruction set
         libraries = "\n".join(name for name in names if name.endswith(".so"))
         assert all(library.name_of(instructions) in libraries for instructions in library.INSTRUCTIONS)
-    # no sources of the C++ operators: beside a library they are compared with it, which takes time
+    # without sources of the C++ operators: a library would be compared with them, which takes time
     assert not [name for name in names if name.endswith((".cpp", ".h"))]
     top_level = {name.split("/")[0] for name in names}
     assert {name for name in top_level if not name.endswith(".dist-info")} == {"fastbert"}
 
 
 def test_wheel_runs(wheel, tmp_path):
-    """Unpacked somewhere else, it finds its own kernels and data there, and computes."""
+    """Unpacked in another folder, the wheel finds its kernels and data, and computes."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "import fastbert, fastbert.demo, fastbert.kernels, torch\n"
@@ -74,21 +74,21 @@ def test_wheel_runs(wheel, tmp_path):
     assert result.stdout.splitlines() == [*files, "400", "(1, 3, 8)"]
 
 
-def test_bare_kernels_is_inert():
-    """`kernels` is another package's name: found by accident in the repository's root, it holds nothing of ours."""
+def test_the_module_kernels_is_empty():
+    """`kernels` is another package's name. Imported by accident in the repository's root, it must hold nothing."""
     code = "import kernels; print(kernels.__version__, list(kernels.__path__)); from kernels import native"
     result = python(code, cwd=ROOT)
     assert result.stdout == "0 []\n"
     assert "ImportError: cannot import name 'native' from 'kernels'" in result.stderr
-    # elsewhere it is not even found
+    # outside the root it is not found
     found = python("from importlib.util import find_spec; print(find_spec('kernels'))", cwd=ROOT / "tests")
     assert str(ROOT / "kernels") not in found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("first", ["", "import fastbert.functional; "], ids=["alone", "after_fastbert"])
 def test_transformers_works_in_the_root_of_the_repository(first):
-    """transformers looks for a package named kernels: it found our folder, imported it, and fell over its refusal."""
-    pytest.importorskip("transformers", reason="it is transformers that must work")
+    """transformers looks for a package named kernels: it imported our folder, which raised an error."""
+    pytest.importorskip("transformers", reason="transformers must work")
     result = python(first + "from transformers import BertModel; print(BertModel.__name__)", cwd=ROOT)
     assert result.stdout == "BertModel\n", result.stderr
 

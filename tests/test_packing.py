@@ -1,4 +1,4 @@
-"""The packed batch: what goes in comes out, whatever the mask looks like."""
+"""The packed batch: unpacking restores what was packed, for every mask."""
 
 from dataclasses import fields, replace
 
@@ -54,7 +54,7 @@ def test_lists_are_packed_end_to_end():
     assert padded.tolist() == [[1, 2, 3], [0, 0, 0], [4, 0, 0]]
 
 
-def test_no_sequences_at_all():
+def test_no_sequences():
     batch = PackedBatch.from_lists([])
     assert (batch.total_tokens, batch.batch_size, batch.max_seqlen) == (0, 0, 0)
     assert batch.cu_seqlens.tolist() == [0]
@@ -69,7 +69,7 @@ def test_row_ids_do_not_depend_on_the_padding():
     assert packed.tolist() == [0, 1, 2, 1 << 32, (1 << 32) + 1]
 
 
-def test_wrong_shapes_say_so():
+def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match=r"attention_mask must be \(2, 4\), got \(2, 3\)"):
         PackedBatch.from_padded(torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3))
     with pytest.raises(ValueError, match="lengths of input_ids"):
@@ -90,7 +90,7 @@ def test_gradients_pass_through_pad_and_unpad():
 
 
 class Copies(TorchDispatchMode):
-    """The tensors that go to a device of this kind, by their sizes in bytes."""
+    """Records the sizes in bytes of the tensors that are copied to a device of this kind."""
 
     def __init__(self, device: str):
         super().__init__()
@@ -111,7 +111,7 @@ def tensors_of(batch: PackedBatch) -> dict[str, torch.Tensor]:
 ROWS, TYPES = [[5, 6, 7], [], [8] * 70], [[0, 0, 1], [], [1] * 70]
 
 
-def test_everything_goes_to_a_device_in_one_copy():
+def test_a_batch_goes_to_a_device_in_one_copy():
     host = PackedBatch.from_lists(ROWS, TYPES)
     expected = tensors_of(host)
     with Copies("meta") as copies:
@@ -128,8 +128,8 @@ def test_everything_goes_to_a_device_in_one_copy():
     assert all(t.storage_offset() * t.itemsize % 16 == 0 for t in found.values())
 
 
-def test_what_shares_a_copy_is_what_it_was():
-    """By the same way to this machine: the copy of a copy."""
+def test_tensors_in_one_copy_keep_their_values():
+    """The same copy, but to this machine."""
     host = PackedBatch.from_lists(ROWS, TYPES)
     there = host._in_one_copy(torch.device("cpu"))
     found, expected = tensors_of(there), tensors_of(host)
@@ -138,7 +138,7 @@ def test_what_shares_a_copy_is_what_it_was():
     assert (there.max_seqlen, there.lengths, there.padded_shape) == (70, (3, 0, 70), None)
 
 
-def test_the_list_of_tiles_is_made_where_kernels_go_by_it(monkeypatch):
+def test_the_list_of_tiles_is_made_only_for_the_kernels(monkeypatch):
     monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: None)
     batch = PackedBatch.from_lists([[5] * n for n in (3, 0, 70, 300)])
     assert batch.entries.tolist() == [[3, 0], [3, 1], [3, 2], [2, 0], [0, 0], [1, 0]]
@@ -149,8 +149,8 @@ def test_the_list_of_tiles_is_made_where_kernels_go_by_it(monkeypatch):
     assert PackedBatch.from_lists([[5]]).entries is None
 
 
-def test_the_list_of_tiles_does_not_outlive_its_lengths():
-    """A batch with other cu_seqlens once kept the old list: attention then wrote 3 rows of a sequence of 70."""
+def test_the_list_of_tiles_is_dropped_with_its_lengths():
+    """A batch with other cu_seqlens kept the old list: attention then wrote 3 rows of a sequence of 70."""
     batch, turned = (PackedBatch.from_lists([[5] * n for n in lengths]) for lengths in ((70, 3), (3, 70)))
     changed = replace(batch, cu_seqlens=turned.cu_seqlens)
     q = torch.randn(73, 2, 16, dtype=torch.float32)
@@ -180,7 +180,7 @@ def test_what_a_replaced_batch_keeps(monkeypatch):
     assert replace(there, cu_seqlens=other).lengths is None
 
 
-def test_lengths_that_are_known_are_taken():
+def test_known_lengths_are_used():
     ids, mask = torch.arange(12).reshape(3, 4), torch.tensor(MASKS["with_holes"])
     asked, given = (PackedBatch.from_padded(ids, mask, lengths=lengths) for lengths in (None, [2, 2, 3]))
     assert asked.lengths == given.lengths == (2, 2, 3)
@@ -189,8 +189,8 @@ def test_lengths_that_are_known_are_taken():
     assert PackedBatch.from_padded(ids).lengths == (4, 4, 4)
 
 
-def test_names_of_sequences_are_those_of_their_tokens():
-    """For dropout alone: where a token goes when the batch is padded does not depend on names."""
+def test_names_of_sequences_belong_to_their_tokens():
+    """They are used for dropout only: padding puts a token into the same place whatever the names are."""
     batch = PackedBatch.from_lists([[1, 2, 3], [4, 5]], sequence_ids=[7, 2**31 - 1])
     assert batch.row_ids().tolist() == [
         7 << 32,

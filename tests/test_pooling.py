@@ -1,4 +1,4 @@
-"""pool in Triton: mean, first token, maximum, with and without the L2 norm, outputs and gradients against float64."""
+"""pool in Triton: mean, first token, maximum, with and without L2 norm: outputs and gradients against float64."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def inputs_of(width, lengths, mode, normalize):
 BATCHES = {
     **LENGTHS,
     "around_a_chunk": [CHUNK - 1, CHUNK, CHUNK + 1],
-    "several_chunks": [CHUNK * 5 + 3, 2, CHUNK * 2],  # more chunk sums than are added at once
+    "several_chunks": [CHUNK * 5 + 3, 2, CHUNK * 2],  # more sums of chunks than are added at once
     "empty_ones_everywhere": [0, 0, 7, 0, CHUNK + 2, 0, 0],
 }
 
@@ -48,7 +48,7 @@ def test_dtypes(dtype, mode, normalize, device):
     assert_op("pool", inputs_of(40, [5, 33, 0, 2], mode, normalize), dtype, device, factor=allowed_factor(dtype))
 
 
-# one column; no power of two; several column blocks; more columns than rows of partial sums are loaded for
+# one column; no power of two; several blocks of columns; more columns than partial sums are loaded for at once
 @pytest.mark.parametrize("width", [1, 7, 384, 1000, 8192])
 @pytest.mark.parametrize(("mode", "normalize"), KINDS)
 def test_widths(mode, normalize, width, device):
@@ -56,7 +56,7 @@ def test_widths(mode, normalize, width, device):
 
 
 def test_a_long_sequence(device):
-    """8,192 tokens, which no single program may walk through alone."""
+    """8,192 tokens, which are divided among several programs."""
     assert_op("pool", inputs_of(8, [8192, 3], "mean", False), torch.float32, device)
 
 
@@ -66,7 +66,7 @@ def test_a_long_sequence(device):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("width", [pytest.param(24, id="chunks_in_one_tile"), pytest.param(2050, id="a_chunk_a_step")])
 def test_ties_share_the_gradient_of_the_maximum(width, normalize, device):
-    """As torch.amax does, within a tile, across tiles and across chunks: whole numbers, so most maxima are tied."""
+    """As in torch.amax, within a tile, across tiles and across chunks. Inputs are integers, so most maxima are tied."""
     lengths = [CHUNK * 2 + 40, 3, 70]
     x = torch.randint(-2, 3, (sum(lengths), width), device=device).float()
     cu_seqlens = cu_seqlens_of(lengths, device)
@@ -107,7 +107,7 @@ def test_poison_stays_in_its_sequence_and_column(mode, device):
 @pytest.mark.parametrize("size", [0.0, 1e-14, 1e-11], ids=["zero", "under_the_clamp", "over_it"])
 @pytest.mark.parametrize("mode", pooling.MODES)
 def test_tiny_vectors(mode, size, device):
-    """Divided by 1e-12, not by their norm, where that is smaller; and the gradient knows."""
+    """A norm below 1e-12 is replaced by 1e-12, also in the gradient."""
     x = torch.randn(4, 24, device=device).abs() * size
     outputs = []
     for pool, dtype in ((pooling.pool, torch.float32), (reference.pool, torch.float64)):
@@ -123,7 +123,7 @@ def test_tiny_vectors(mode, size, device):
 
 @pytest.mark.parametrize("mode", pooling.MODES)
 def test_strided_inputs(mode, device):
-    """Columns of a NaN-poisoned tensor, a transposed tensor, an expanded upstream gradient: the same bits."""
+    """Columns of a NaN-poisoned tensor, a transposed tensor and an expanded upstream gradient give the same bits."""
     lengths = [5, 40]
     x = torch.randn(45, 20, device=device)
     wide = torch.full((45, 33), torch.nan, device=device)
@@ -143,7 +143,7 @@ def test_strided_inputs(mode, device):
 
 @pytest.mark.parametrize(("mode", "normalize"), KINDS)
 def test_a_sequence_alone_has_the_same_bits(mode, normalize, device):
-    """Its chunks are cut from its own start, wherever that lies in the batch."""
+    """Chunks are counted from the sequence's own start, wherever it is in the batch."""
     lengths = [7, CHUNK + 30, 0, 50, CHUNK * 2]
     x = torch.randn(sum(lengths), 40, device=device)
     dy = torch.randn(len(lengths), 40, device=device)
@@ -164,7 +164,7 @@ def test_a_sequence_alone_has_the_same_bits(mode, normalize, device):
 
 @pytest.mark.parametrize("mode", pooling.MODES)
 def test_tokens_past_the_last_sequence(mode, device):
-    """A batch padded to a fixed number of tokens: they change nothing, and their gradient is zero."""
+    """As in a batch padded to a fixed number of tokens: they change nothing, and their gradient is zero."""
     x = torch.randn(90, 24, device=device)
     x[45:] = torch.nan
     x.requires_grad_()

@@ -1,4 +1,4 @@
-"""What benchmarks.gpu_day.precompile compiles is what launches look for, so that nothing is compiled twice."""
+"""benchmarks.gpu_day.precompile compiles exactly the kernels that launches look for, so nothing is compiled twice."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.once
 
-# In a process whose Triton compiles: kernels of one call beforehand, then the call itself by the launch path.
+# In a process in which Triton compiles: first the kernels of one call, then the call itself by the launch path.
 MAIN = """
 import json, os, sys, time
 from pathlib import Path
@@ -53,7 +53,7 @@ def run(code: str, tmp_path, *arguments: str) -> str:
 
 
 def test_launches_find_what_was_compiled_beforehand(tmp_path):
-    """Compiled from the same types with fewer empty attributes, a kernel once had another name in Triton's cache."""
+    """Compiled from the same types with fewer empty attributes, a kernel had another name in Triton's cache."""
     said = json.loads(run(MAIN, tmp_path, str(tmp_path / "lines")))
     assert said["refused"] == [["bad", "ValueError: no such shape"]]
     assert said["left"] == 0
@@ -92,7 +92,7 @@ assert precompile.compile_all(kernels, None, 2, time.monotonic(), say) == 4
 """
 
 
-def test_a_kernel_that_crashes_the_compiler_costs_only_itself(tmp_path):
+def test_a_kernel_that_crashes_the_compiler_affects_no_other(tmp_path):
     lines = [json.loads(line) for line in run(CRASHES, tmp_path).splitlines()]
     assert {line["kernel"]: line["error"] for line in lines} == {
         "crash": "the compiler ended with status -11", "hang": "not compiled in time",

@@ -1,5 +1,4 @@
-"""`fastbert pretrain` from file to file: a model that transformers and `fastbert finetune` go on from, and what it says
-where something is wrong."""
+"""`fastbert pretrain` with files: models with which transformers and `fastbert finetune` continue, and its errors."""
 
 import json
 
@@ -35,7 +34,7 @@ def options(files, *others):
     )  # fmt: skip
 
 
-def test_a_model_that_others_go_on_from(files, capsys):
+def test_a_model_with_which_other_programs_continue(files, capsys):
     assert run(*options(files, "--objective", "mlm+nsp", "--eval", files / "held.txt", "--evaluate-every", 3)) == 0
     out = files / "out"
     report = json.loads((out / "report.json").read_text())
@@ -62,7 +61,7 @@ def test_a_model_that_others_go_on_from(files, capsys):
     table.write_text("text\tlabel\na b c\tx\nd e f\ty\n")
     assert run("finetune", "--model", out, "--task", "sentence", "--train", table, "--out", files / "tuned", *CPU) == 0
 
-    # It goes on from there with text, and its own tokenizer; and ends where it ends without a break.
+    # Training continues from this model with its tokenizer, and ends where it ends without a break.
     onward = ("pretrain", files / "held.txt", "--init", out, "--max-length", 24, "--steps", 2, "--lr", 0, *CPU)
     assert run(*onward, "--out", files / "onward", "--objective", "mlm+nsp") == 0
     before, after = (BertForMaskedLM.from_pretrained(folder, seed=0).state_dict() for folder in (out, files / "onward"))
@@ -109,14 +108,14 @@ def test_electra_by_the_clock_with_a_table_at_the_end(files, capsys):
         (["--eval", "none.txt"], 1, "none.txt does not exist"),
     ],
 )
-def test_arguments_that_make_no_run(files, capsys, others, code, message):
+def test_invalid_arguments_are_refused(files, capsys, others, code, message):
     assert run(*options(files, *others)) == code
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
 
 
-def test_how_long_must_be_said(files, capsys):
+def test_a_length_of_training_is_required(files, capsys):
     assert run("pretrain", files / "text.txt", "--out", files / "out") == 2
     assert "give the length of training: --steps N, or --time-budget SECONDS" in capsys.readouterr().err
 
@@ -131,7 +130,7 @@ def test_how_long_must_be_said(files, capsys):
         ("X Y Z\n", ["--tokenizer", "TOKENIZER"], "the tokenizer knows no word of"),
     ],
 )
-def test_text_that_makes_no_run(files, capsys, content, others, message):
+def test_unusable_text_is_refused(files, capsys, content, others, message):
     Tokenizer.from_words(WORDS, lowercase=False).save_pretrained(files / "tokenizer")
     (files / "text.txt").write_text(content)
     argv = list(options(files, "--min-frequency", 1, *others))
@@ -174,7 +173,7 @@ def test_a_tokenizer_of_another_model(files, capsys):
 
 
 def test_a_new_head_never_predicts_rows_that_pad_the_vocabulary(files, capsys):
-    """Also where a run goes on from a model without this head: a plain BERT, or one before its ELECTRA."""
+    """Also if training continues from a model without this head: a plain BERT, or a BERT as the start of an ELECTRA."""
     config = BertConfig.from_dict(json.loads((files / "small.json").read_text()), vocab_size=40)
     BertModel(config).save_pretrained(files / "model")
     Tokenizer.from_words(WORDS, lowercase=True).save_pretrained(files / "model")

@@ -1,5 +1,4 @@
-"""Examples and masks out of a corpus: their shares, where wrong pairs come from, and that nothing but (seed, epoch,
-example) decides."""
+"""Examples and masks from a corpus: their shares, wrong pairs, and that only (seed, epoch, example) decides."""
 
 import random
 from collections import Counter
@@ -36,7 +35,7 @@ def tokenizer():
 
 
 def text_of(documents: int, lines: int = 12) -> str:
-    """Documents of lines of one or two sentences; the words of a document begin with one letter."""
+    """Documents of lines with one or two sentences. The words of a document begin with the same letter."""
     draw = random.Random(0)
     made = []
     for number in range(documents):
@@ -57,7 +56,7 @@ def corpus(tmp_path_factory):
 
 
 def document_of(corpus, place):
-    """The document of a token."""
+    """The document in which a token is."""
     segment = np.searchsorted(corpus.segments, place, side="right") - 1
     return int(np.searchsorted(corpus.documents, segment, side="right") - 1)
 
@@ -66,7 +65,7 @@ def document_of(corpus, place):
 
 
 def test_philox_gives_the_numbers_of_its_authors():
-    """The known answers of Random123's kat_vectors for philox4x32-10."""
+    """The known answers for philox4x32-10 in Random123's kat_vectors."""
     ones = 0xFFFFFFFF
     for counter, key, expected in (
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -117,7 +116,7 @@ def test_a_corpus_is_made_once_and_again_where_its_files_changed(tmp_path):
     first = build_corpus(out, [file], tokenizer(), 30)
     made = (out / "ids.bin").stat().st_ino
     assert build_corpus(out, [file], tokenizer(), 30).digest == first.digest
-    assert (out / "ids.bin").stat().st_ino == made, "what lies there is used"
+    assert (out / "ids.bin").stat().st_ino == made, "the corpus on disk is used"
     file.write_text(text_of(4))
     assert build_corpus(out, [file], tokenizer(), 30).digest != first.digest
     other = Tokenizer.from_words([*PIECES, "bad"], lowercase=True)
@@ -130,7 +129,7 @@ def test_the_entropy_of_a_corpus(tmp_path):
     assert made.unigram_entropy() == pytest.approx(1.5 * np.log(2))
 
 
-def test_text_that_is_of_no_use(tmp_path):
+def test_unusable_text_is_refused(tmp_path):
     for content, message in (("", "no text"), ("xyz xyz\n", "the tokenizer knows no word of .*another language")):
         (tmp_path / "a.txt").write_text(content)
         with pytest.raises(InputError, match=message):
@@ -150,7 +149,7 @@ def test_text_that_is_of_no_use(tmp_path):
 # ---- examples ------------------------------------------------------------------------------------------------
 
 
-def test_words_alone_have_every_token_once_an_epoch(corpus):
+def test_masked_words_use_every_token_once_an_epoch(corpus):
     epochs = [examples_of(corpus, None, LENGTH, 7, epoch) for epoch in range(2)]
     for made in epochs:
         places = np.concatenate([np.arange(a, b) for a, b in made.first])
@@ -164,7 +163,7 @@ def test_words_alone_have_every_token_once_an_epoch(corpus):
     assert np.array_equal(again.first, epochs[1].first)
 
 
-def test_half_of_the_next_sentences_are_of_another_document(corpus):
+def test_half_of_the_next_sentences_come_from_another_document(corpus):
     made = [examples_of(corpus, NEXT_SENTENCE, LENGTH, seed, 0) for seed in range(4)]
     labels = np.concatenate([examples.labels for examples in made])
     assert labels.mean() == pytest.approx(0.5, abs=4 * 0.5 / len(labels) ** 0.5)
@@ -180,7 +179,7 @@ def test_half_of_the_next_sentences_are_of_another_document(corpus):
             if label:
                 assert ours != theirs
             else:
-                # what was cut off lies between them at most
+                # at most what was cut off is between them
                 assert ours == theirs
                 assert b <= c < b + LENGTH
     # A model must not tell them apart by their lengths.
@@ -190,10 +189,10 @@ def test_half_of_the_next_sentences_are_of_another_document(corpus):
     assert abs(full[0] - full[1]) < 0.12
 
 
-def test_the_second_part_alone_tells_nothing(tmp_path):
-    """Documents used to be drawn for wrong pairs whatever their length. Of an encyclopedia's short articles and a
-    novel's long chapters, articles were then the second part of wrong pairs more often than of right ones, and a model
-    that never compared the parts found 58% of the pairs."""
+def test_the_second_part_alone_does_not_tell_the_label(tmp_path):
+    """Documents for wrong pairs were drawn without regard to their length. With short articles and long chapters,
+    articles were then more often the second part of wrong pairs than of right ones, and a model that never compared the
+    parts classified 58% of the pairs correctly."""
     draw = random.Random(1)
     long, short = (
         ["\n".join(f"{' '.join(draw.choices(letters, k=6))}." for _ in range(lines)) for _ in range(count)]
@@ -209,7 +208,7 @@ def test_the_second_part_alone_tells_nothing(tmp_path):
     assert shares[0] == pytest.approx(shares[1], abs=0.06), "a draw by documents gives 0.3 and 0.9"
 
 
-def test_too_long_pairs_lose_tokens_in_front_and_behind(corpus):
+def test_pairs_that_are_too_long_lose_tokens_at_both_ends(corpus):
     examples = examples_of(corpus, NEXT_SENTENCE, LENGTH, 0, 0)
     starts = set(corpus.segments.tolist())
     in_front, behind = (
@@ -220,7 +219,7 @@ def test_too_long_pairs_lose_tokens_in_front_and_behind(corpus):
     assert in_front == pytest.approx(behind, abs=0.06)
 
 
-def test_order_is_of_neighbours_and_half_are_swapped(corpus):
+def test_sentence_order_swaps_half_of_the_neighbours(corpus):
     examples = examples_of(corpus, SENTENCE_ORDER, LENGTH, 0, 0)
     assert examples.labels.mean() == pytest.approx(0.5, abs=4 * 0.5 / len(examples) ** 0.5)
     assert examples.lengths.max() <= LENGTH
@@ -247,7 +246,7 @@ def test_tokens_of_examples(corpus):
 
 
 def masked(masking, corpus, examples, rows, seed=0, epoch=0):
-    """(shown, labels, ids, joins), each of all rows."""
+    """(shown, labels, ids, joins) of all rows together."""
     ids, joins, _ = tokens_of(corpus, examples, rows, PIECES.index("[CLS]"), PIECES.index("[SEP]"))
     shown, labels, _ = masking.apply(ids, joins, rows, seed, epoch)
     return shown, labels, np.concatenate(ids), np.concatenate(joins)
@@ -260,7 +259,7 @@ def examples(corpus):
 
 @pytest.mark.parametrize("rule", ["clean", "google"])
 def test_shares_of_masks(corpus, examples, rule):
-    """15% of tokens, of these 80/10/10; what random words are drawn from, and what may be guessed."""
+    """15% of tokens, of these 80/10/10; which random words are drawn, and which tokens are masked."""
     masking = Masking(tokenizer(), rule)
     shown, labels, ids, _ = masked(masking, corpus, examples, range(len(examples)))
     guessed = labels != IGNORED
@@ -301,7 +300,7 @@ def test_a_words_chance_does_not_depend_on_its_length(corpus, examples):
         assert of_size.mean() == pytest.approx(0.15, abs=4 * 0.36 / len(of_size) ** 0.5)
 
 
-def test_pieces_are_guessed_by_themselves_without_whole_words(corpus, examples):
+def test_without_whole_words_pieces_are_masked_separately(corpus, examples):
     _, labels, _, joins = masked(Masking(tokenizer(), whole_words=False), corpus, examples, range(200))
     first = np.flatnonzero(joins == 0)
     of_words, sizes = np.add.reduceat(labels != IGNORED, first), np.diff(first, append=len(joins))
@@ -310,8 +309,8 @@ def test_pieces_are_guessed_by_themselves_without_whole_words(corpus, examples):
 
 @pytest.mark.parametrize("rule", ["clean", "google"])
 def test_masks_are_a_function_of_seed_epoch_and_example(corpus, examples, rule):
-    """Not of what an example is computed with. transformers' collator repeats its masks in every epoch with a seed and
-    two workers."""
+    """They do not depend on other examples of the batch. With a seed and two workers, transformers' collator repeats
+    its masks in every epoch."""
     masking, rows = Masking(tokenizer(), rule), list(range(40))
     shown, labels, *_ = masked(masking, corpus, examples, rows, seed=5, epoch=1)
     ends = np.cumsum(examples.lengths[:40])
@@ -326,7 +325,7 @@ def test_masks_are_a_function_of_seed_epoch_and_example(corpus, examples, rule):
         assert both == pytest.approx(0.15, abs=0.08), "two epochs agree by chance alone"
 
 
-def test_unknown_words_are_not_guessed():
+def test_unknown_words_are_not_masked():
     words = tokenizer()
     ids = np.array([PIECES.index(p) for p in ("[CLS]", "a", "b", "[UNK]", "[SEP]")])
     guessed = {rule: Counter() for rule in ("clean", "google")}
@@ -341,9 +340,9 @@ def test_unknown_words_are_not_guessed():
         Masking(words)
 
 
-def test_shares_beside_transformers_collator(corpus, examples, tmp_path):
-    """Over the same tokens, piece by piece: as many are guessed, and shown in the same three ways. Only what a random
-    word may be differs: theirs may be [CLS] or a word that is not used."""
+def test_shares_equal_those_of_transformers_collator(corpus, examples, tmp_path):
+    """For the same tokens, piece by piece, as many are masked, and shown in the same three ways. Only random words
+    differ: transformers may draw [CLS] or an unused word."""
     transformers = pytest.importorskip("transformers", reason="needs the test extra")
     tokenizer().save_pretrained(tmp_path)
     collate = transformers.DataCollatorForLanguageModeling(transformers.AutoTokenizer.from_pretrained(tmp_path))
@@ -363,7 +362,7 @@ def test_shares_beside_transformers_collator(corpus, examples, tmp_path):
     (share, as_mask, as_it_is, drawn), (of_their, their_mask, their_own, their_drawn) = found
     assert share == pytest.approx(of_their, abs=6 * (0.15 * 0.85 / of_text) ** 0.5)
     assert as_mask == pytest.approx(their_mask, abs=6 * (0.8 * 0.2 / count) ** 0.5)
-    # ours may draw the word itself out of 21, theirs out of 66
+    # the word itself may be drawn, by ours out of 21, by transformers out of 66
     assert as_it_is == pytest.approx(their_own, abs=6 * (0.1 * 0.9 / count) ** 0.5)
     text = set(range(PIECES.index("."), len(PIECES)))
     assert drawn <= text
@@ -402,15 +401,15 @@ def test_characters_stand_alone_where_words_and_tokens_disagree(segmenter):
     text = "a我们x喜欢"
     one_each = [(i, i + 1) for i in range(len(text))]
     assert joins_of_words(text, one_each, segmenter).tolist() == [0, 0, 1, 0, 0, 1]
-    across = [(0, 1), (1, 2), (2, 5), (5, 6)]  # a token over the end of a word and the beginning of the next one
+    across = [(0, 1), (1, 2), (2, 5), (5, 6)]  # a token across the end of a word and the beginning of the next one
     assert joins_of_words(text, across, segmenter).tolist() == [0, 0, 0, 0]
     assert joins_of_words("abc", [(0, 3)], segmenter).tolist() == [0]
     assert joins_of_words("我", [], segmenter).tolist() == []
 
 
 def test_chinese_words_are_guessed_whole(segmenter, tmp_path):
-    """15% of the words of a sentence, each whole, under the ids of its characters. transformers 5.24's whole-word
-    collator guesses 0 or 16 of 16."""
+    """15% of a sentence's words are masked, each whole, by the ids of its characters. The whole-word collator of
+    transformers 5.24 masks 0 or 16 of 16."""
     characters = sorted(set(SENTENCE))
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
     words = Tokenizer.from_words(pieces, lowercase=True)
@@ -441,7 +440,7 @@ def test_chinese_words_are_guessed_whole(segmenter, tmp_path):
 
 @pytest.mark.parametrize("rule", ["clean", "google"])
 def test_google_takes_words_while_they_fit(corpus, examples, rule):
-    """Each example has round(15% of its tokens) masked, [CLS] and [SEP] counted, or a few fewer if words do not fit."""
+    """Each example has round(15% of its tokens) masked, counting [CLS] and [SEP], or fewer if words do not fit."""
     rows = list(range(300))
     _, labels, *_ = masked(Masking(tokenizer(), rule), corpus, examples, rows)
     ends = np.cumsum(examples.lengths[:300])

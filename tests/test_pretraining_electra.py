@@ -1,4 +1,4 @@
-"""ELECTRA: transformers' losses and gradients, what is sampled, what the discriminator learns, a run that goes on."""
+"""ELECTRA: transformers' losses and gradients, sampling, what the discriminator learns, resumed runs."""
 
 import json
 import math
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.once
 
 
 def of_transformers(folder: Path, model):
-    """(generator, discriminator) of transformers with the weights of ours, and shared embeddings."""
+    """transformers' (generator, discriminator) with our weights and shared embeddings."""
     transformers = pytest.importorskip("transformers", reason="needs the test extra")
     model.save_pretrained(folder, model.state_dict())
     generator = transformers.ElectraForMaskedLM.from_pretrained(folder / "generator").eval()
@@ -26,8 +26,8 @@ def of_transformers(folder: Path, model):
 
 
 def test_losses_and_gradients_are_those_of_transformers(tmp_path):
-    """By the paper's definition, in float64: the mean over masked tokens, and 50 times that over all tokens. The shared
-    embeddings get the gradients of both models, and nothing comes back through what was sampled."""
+    """As the paper defines them, in float64: the mean over masked tokens, and 50 times the mean over all tokens. The
+    shared embeddings get both models' gradients, and no gradient flows back through sampling."""
     run = run_of(tmp_path, "electra", dropout=0.0)
     model = run.model.eval()
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_losses_and_gradients_are_those_of_transformers(tmp_path):
 
 
 def test_the_discriminator_learns_to_tell(tmp_path):
-    """Documents of one letter each: a replaced token is another letter than most."""
+    """In documents of one letter each, a replaced token is a different letter from most."""
     documents = ("\n".join([" ".join(letter * 8) + " ."] * 8) for letter in "abcdefghij" * 3)
     (tmp_path / "text.txt").write_text("\n\n".join(documents) + "\n")
     run = run_of(tmp_path, "electra", steps=40, dropout=0.0, lr=5e-3, evaluated=True)
@@ -80,7 +80,7 @@ def test_the_discriminator_learns_to_tell(tmp_path):
     assert scores["detection_auc"] > 0.8
 
 
-def test_a_run_goes_on_to_the_same_bits(tmp_path):
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     first = run_of(whole, "electra", steps=4, save_every=1, keep=9)
     first.train()
@@ -136,6 +136,6 @@ def test_electra_is_saved_for_transformers(tmp_path):
         word = int(batch.labels[batch.labels >= 0][0])
         model.generator_bias[word] = 1e4
         sure = model(batch.shown, batch.labels, batch.uniform, 1, 1)
-    assert torch.equal(sure.replaced, (batch.labels >= 0) & (batch.labels != word)), "what equals the original is none"
+    assert torch.equal(sure.replaced, (batch.labels >= 0) & (batch.labels != word)), "an original is no replacement"
     assert (batch.labels == word).any()
     assert not output.replaced[batch.labels < 0].any()

@@ -1,5 +1,5 @@
-"""Pre-training: the same gradients however a step is cut, the same bits with other workers and after a break, and
-checkpoints that others read."""
+"""Pre-training: the same gradients however a step is split, the same bits with any number of workers and after a break,
+and checkpoints that other programs read."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def weights(run) -> dict[str, torch.Tensor]:
 @pytest.mark.native
 @pytest.mark.parametrize("objective", ["mlm+nsp", "electra"])
 def test_gradients_do_not_depend_on_how_a_step_is_cut(objective, tmp_path):
-    """With dropout. Each loss is divided by what the whole step has of it, and masks are those of the example."""
+    """With dropout. Each loss is divided by its count in the whole step, and masks depend only on the example."""
     whole = gradients(run_of(tmp_path, objective))
     exact = run_of(tmp_path, objective)
     exact.model.double()
@@ -51,7 +51,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(objective, tmp_path):
     for batch_tokens in (1, 100):
         parts = gradients(run_of(tmp_path, objective, batch_tokens=batch_tokens))
         for name, truth in exact.items():
-            # a softmax does not depend on what is added to all its scores: these have no gradient but for rounding
+            # a shift of all scores does not change a softmax: the gradient of these biases is only rounding
             if name.endswith("attention.self.key.bias"):
                 continue
             error, allowed = ((g[name] - truth).norm() for g in (parts, whole))
@@ -62,9 +62,9 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(objective, tmp_path):
 @pytest.mark.parametrize("objective", ["mlm+nsp", "electra"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_steps_gradient_beside_the_plain_reference(objective, dtype, tmp_path):
-    """As the loop computes it: packed, in several batches, within autocast, with the same dropout. The reference takes
-    the same steps in the same dtype, and in float64 it is the truth; a gradient may have twice its error. ELECTRA's
-    replaced words are those that float64 samples: where a word is another one, so is the gradient."""
+    """As the loop computes it: packed, in several batches, within autocast, with the same dropout. The reference makes
+    the same step in the same dtype; its own error against float64 sets the budget. ELECTRA's replaced words are always
+    those that float64 samples, since other words would have another gradient."""
     found, sampled = {}, []
     for who, impl in (("truth", "reference"), ("ours", "native"), ("plain", "reference")):
         run = run_of(
@@ -100,7 +100,7 @@ def test_a_steps_gradient_beside_the_plain_reference(objective, dtype, tmp_path)
 
 @pytest.mark.once
 def test_the_losses_are_those_of_transformers_and_add_up(tmp_path):
-    """The loss of one step without dropout, as one padded batch: the mean over masked words, and over pairs."""
+    """The losses of one step without dropout, as one padded batch: the mean over masked words, and over pairs."""
     transformers = pytest.importorskip("transformers", reason="needs the test extra")
     run = run_of(tmp_path, "mlm+nsp", dropout=0.0, batch_tokens=100)
     run.model.eval()
@@ -131,8 +131,8 @@ def test_the_losses_are_those_of_transformers_and_add_up(tmp_path):
 
 @pytest.mark.once
 def test_expectation_with_dropout_is_that_of_transformers(tmp_path):
-    """Ours drops by a function of seed and place, theirs by torch's generator: over seeds loss and gradient have the
-    same mean. The squared distance of two means is the sum of their variances, but for chance."""
+    """Our dropout is a function of seed and place, transformers' uses torch's generator: over many seeds, losses and
+    gradients have the same mean. The squared distance of two means is the sum of their variances, except for chance."""
     transformers = pytest.importorskip("transformers", reason="needs the test extra")
     seeds = 60
     run = run_of(tmp_path, "mlm+nsp", dropout=0.2, step_tokens=100)
@@ -162,7 +162,7 @@ def test_expectation_with_dropout_is_that_of_transformers(tmp_path):
     difference, expected = means[0] - means[1], variances[0] + variances[1]
     assert abs(difference[0]) < 4 * expected[0].sqrt(), "the loss"
     assert 0.5 < difference[1:].square().sum() / expected[1:].sum() < 2, "the gradient"
-    assert 0.7 < variances[0][1:].sum() / variances[1][1:].sum() < 1.4, "and as much chance in it"
+    assert 0.7 < variances[0][1:].sum() / variances[1][1:].sum() < 1.4, "the variances are equal too"
 
 
 # ---- the same run --------------------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ def test_workers_change_no_bit(whole, workers, tmp_path):
 
 @pytest.mark.once
 @pytest.mark.parametrize("step", [2, 7])
-def test_a_run_goes_on_to_the_same_bits(whole, step, tmp_path):
-    """Within its first epoch, and within its second one, as after kill -9: a checkpoint is all that is left."""
+def test_a_resumed_run_ends_with_the_same_bits(whole, step, tmp_path):
+    """Within its first and its second epoch, as after kill -9: only a checkpoint is left."""
     out, expected = whole
     name = f"step-{step:08d}"
     shutil.copy(out / "text.txt", tmp_path)
@@ -207,7 +207,7 @@ def test_a_run_goes_on_to_the_same_bits(whole, step, tmp_path):
 
 
 @pytest.mark.once
-def test_other_batches_change_the_curve_by_rounding_alone(whole, tmp_path):
+def test_other_batches_change_the_curve_only_by_rounding(whole, tmp_path):
     run_of(tmp_path, steps=8, batch_tokens=80).train()
     assert losses(tmp_path) == pytest.approx(losses(whole[0]), rel=1e-4)
     assert losses(tmp_path) != losses(whole[0])
@@ -215,8 +215,8 @@ def test_other_batches_change_the_curve_by_rounding_alone(whole, tmp_path):
 
 @pytest.mark.once
 def test_two_processes_train_as_one(tmp_path):
-    """Under DDP and FSDP2: the same masks, so the same curve but for rounding; and the same scores. One process goes on
-    with what two began."""
+    """Under DDP and FSDP2: the same masks, so the same curve except for rounding, and the same scores. One process resumes
+    the run of two."""
     objective, one, *both = "mlm+nsp", tmp_path / "one", tmp_path / "ddp", tmp_path / "fsdp"
     run_of(one, objective, evaluated=True).train()
     for two in both:
@@ -249,7 +249,7 @@ def test_the_first_process_may_read_a_text_for_hours(tmp_path):
 @pytest.mark.once
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_objective_is_learnt(objective, tmp_path):
-    """On a text with repetitions each loss falls; the records have all of them, and the loss is their sum."""
+    """On repetitive text each loss falls. The records have all losses, and `loss` is their sum."""
     run = run_of(tmp_path, objective, steps=24, dropout=0.0, lr=5e-3, evaluated=True)
     run.evaluate_every = 24
     run.train()
@@ -287,12 +287,12 @@ def test_steps_of_a_plan(tmp_path):
     assert list(plan.steps(1)) != list(plan.steps(0))
     assert plan.epoch(1).begun == len(plan.steps(0))
     again = run_of(tmp_path, "mlm", growing=4, step_tokens=300).plan
-    assert list(again.steps(1)) == list(plan.steps(1)), "whatever was asked for before"
+    assert list(again.steps(1)) == list(plan.steps(1)), "whatever was computed before"
 
 
 @pytest.mark.once
 def test_a_run_ends_when_its_time_is_up(tmp_path, monkeypatch):
-    """By a clock that goes on by one second each time it is read, three times a step."""
+    """The clock advances by a second at each reading, three times in a step."""
     now = iter(range(10**6))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(now)))
     run = run_of(tmp_path, "mlm", steps=0, seconds=30.0, save_every=4, evaluated=True)
@@ -312,8 +312,8 @@ def test_a_run_ends_when_its_time_is_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.once
-def test_checkpoints_come_as_often_as_was_asked_for(tmp_path):
-    """With epochs of a few steps, there is no evaluation after each of them."""
+def test_checkpoints_are_as_frequent_as_requested(tmp_path):
+    """With epochs of a few steps, not every epoch ends with an evaluation."""
     run = run_of(tmp_path, "mlm", steps=8, save_every=7, keep=9)
     run.train()
     assert len(run.plan.steps(0)) < 7
@@ -332,7 +332,7 @@ def test_another_run_is_not_continued(whole, tmp_path):
 
 @pytest.mark.once
 def test_rows_that_pad_the_vocabulary_are_never_predicted(tmp_path):
-    """Loss and gradient are those of the model without them, and training leaves their biases where they are."""
+    """Loss and gradient are those of a model without these rows, and training does not change their biases."""
     run = run_of(tmp_path, "mlm", dropout=0.0)
     padded = model_of("mlm", 0.0, rows=len(WORDS) + 6)
     padded.load_state_dict(
@@ -370,7 +370,7 @@ def test_sizes(tmp_path):
 
 @pytest.mark.once
 def test_the_area_under_the_curve():
-    """How often a positive's score is above a negative's, ties counting half."""
+    """How often a positive's score is above a negative's; ties count half."""
     draw = np.random.default_rng(0)
     for size in (5, 200):
         scores, positive = np.round(draw.normal(size=size), 1), draw.random(size) < 0.4
@@ -381,14 +381,14 @@ def test_the_area_under_the_curve():
 
 
 @pytest.mark.once
-def test_nothing_guessed_is_no_loss_of_zero():
+def test_without_masked_words_there_is_no_loss():
     scores = MaskedWords().scores({"guessed": 0, "loss": 0.0, "right": 0}).values
     assert all(math.isnan(value) for value in scores.values())
 
 
 @pytest.mark.native
-def test_a_documents_tokens_do_not_see_another(tmp_path):
-    """An example alone has the same logits as among others: rows of different documents never attend to each other."""
+def test_tokens_do_not_attend_to_other_documents(tmp_path):
+    """An example has the same logits alone and among others: rows of different documents never attend to each other."""
     run = run_of(tmp_path, "mlm", dropout=0.0)
     run.model.eval()
     batch = run.loader(run.plan.steps(0)[0])[0].shown

@@ -1,4 +1,4 @@
-"""A vocabulary from text: the same bytes each time, no larger than was asked for, of the pieces that are frequent."""
+"""A vocabulary from text: the same bytes each time, at most the requested size, made of the most frequent pieces."""
 
 import json
 import os
@@ -23,7 +23,7 @@ CHINESE = "我们喜欢学习机器学习，学习使我们快乐。GPU计算很
 
 
 def test_words_are_those_of_the_tokenizer():
-    """Also where runs between spaces hold other white space, control characters, accents and ideographs."""
+    """Also with other white space, control characters, accents and ideographs between spaces."""
     text = "Ünïted\tcafé  a\u3000b\x1cc don't 我们ok \u200bzero\u00a0width e\u0301"
     for lowercase in (True, False):
         tokenizer = Tokenizer.from_words([*SPECIAL], lowercase)
@@ -32,16 +32,16 @@ def test_words_are_those_of_the_tokenizer():
         assert sorted(count_words([text, None], lowercase).elements()) == sorted(expected)
 
 
-def test_the_most_frequent_pair_becomes_a_piece_and_the_first_of_equals():
-    """By hand. "ab" occurs 5 times and "cd" 5: the pair that comes first as strings is made first."""
+def test_the_most_frequent_pair_becomes_a_piece_and_of_equals_the_first():
+    """Worked out by hand. "ab" and "cd" occur 5 times each: the pair that comes first as strings is joined first."""
     assert train_vocabulary({"abcd": 3, "cd": 2, "xab": 1, "ab": 2}, 99, min_frequency=3)[len(SPECIAL) :] == [
-        # a and ##b 5 times each, ##d 5, ##c 3; what is rarer is none
+        # a and ##b 5 times each, ##d 5, ##c 3; rarer characters are left out
         "##b", "##d", "a", "##c", "ab", "##cd", "abcd"
     ]  # fmt: skip
 
 
 def plain_merges(words: dict[str, int], wanted: int) -> list[str]:
-    """The definition, with everything counted anew for every piece."""
+    """The definition, which counts everything again for every piece."""
     cut = {word: [word[0], *("##" + c for c in word[1:])] for word in words}
     made: list[str] = []
     while len(made) < wanted:
@@ -66,7 +66,7 @@ def plain_merges(words: dict[str, int], wanted: int) -> list[str]:
 
 @pytest.mark.parametrize("letters", ["ab", "abcdef"])
 def test_pieces_are_those_of_the_definition(letters):
-    """With words of few letters, in which pairs overlap and a piece comes about in two ways."""
+    """With words of few letters, pairs overlap and a piece can be made in two ways."""
     draw = random.Random(1)
     words = {"".join(draw.choices(letters, k=draw.randint(1, 9))): draw.randint(1, 9) for _ in range(60)}
     made = [p for p in train_vocabulary(words, 200, min_frequency=2)[len(SPECIAL) :] if len(p.removeprefix("##")) > 1]
@@ -75,7 +75,7 @@ def test_pieces_are_those_of_the_definition(letters):
 
 
 def test_the_same_bytes_whatever_the_threads_and_the_order(tmp_path):
-    """tokenizers 0.23.3's WordPiece trainer gives 13 vocabularies in 20 trainings on three lines."""
+    """tokenizers 0.23.3's WordPiece trainer makes 13 different vocabularies in 20 trainings on three lines."""
     lines = [ENGLISH, CHINESE, "the same text, the same bytes: naïvely thought\n"]
     (tmp_path / "a.txt").write_text("".join(lines), encoding="utf-8")
     (tmp_path / "b.txt").write_text("".join(reversed(lines)), encoding="utf-8")
@@ -92,14 +92,14 @@ def test_the_same_bytes_whatever_the_threads_and_the_order(tmp_path):
 
 @pytest.mark.parametrize("size", [30, 60, 500])
 def test_a_vocabulary_is_no_larger_than_it_should_be(size):
-    """Chinese has more characters than a small vocabulary has room for: the most frequent ones are pieces."""
+    """Chinese has more characters than fit a small vocabulary: the most frequent ones become pieces."""
     words = count_words([CHINESE, ENGLISH, "一二三四五六七八九十百千万亿"], lowercase=True)
     pieces = train_vocabulary(words, size, min_frequency=1)
     assert len(pieces) == len(set(pieces)) <= size
     assert pieces[:5] == list(SPECIAL)
     characters = [p for p in pieces[5:] if len(p.removeprefix("##")) == 1]
     assert len(characters) <= (size - 5) * 3 // 4
-    assert "学" in characters, "it occurs most often of all ideographs"
+    assert "学" in characters, "the most frequent ideograph"
     assert (
         len(
             [p for p in train_vocabulary(words, 60, alphabet=20, min_frequency=1)[5:] if len(p.removeprefix("##")) == 1]
@@ -168,7 +168,7 @@ def test_bad_text_is_named_in_one_line(tmp_path, capsys, name, content, message)
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         files_of([tmp_path / "none.txt"])
     with pytest.raises(InputError, match=r"has no file that ends in .txt, .jsonl, .parquet"):

@@ -1,4 +1,4 @@
-"""Heads, columns and layers that are cut out: the same function as zeroed ones, in every way a model is run."""
+"""Removed heads, columns and layers: the same function as with zeros, in every way in which a model runs."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from fastbert.testing import relative_rms
 
 pytest_plugins = ("compression_fixtures",)
 
-HEADS = {0: [1, 3], 1: [0, 1, 2, 3], 2: [2]}  # two heads are left in the first layer, none in the second
+HEADS = {0: [1, 3], 1: [0, 1, 2, 3], 2: [2]}  # two heads remain in the first layer, none in the second
 LENGTHS = (5, 1, 17, 9)
 
 
@@ -44,7 +44,7 @@ def whole(impl=None) -> BertForSequenceClassification:
 
 
 def zeroed(model: BertForSequenceClassification, heads) -> BertForSequenceClassification:
-    """The same function as without these heads: nothing of their output is read."""
+    """The same function with all heads, where the output of these is not read."""
     width = model.config.head_dim
     with torch.no_grad():
         for layer, numbers in heads.items():
@@ -74,7 +74,8 @@ def exact(model, heads) -> BertForSequenceClassification:
 @pytest.mark.parametrize("first_only", [False, True], ids=["all", "first_tokens"])
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_uneven_heads_are_the_zeroed_model(grad, first_only):
-    """Two heads, none and three of four: in whichever way this machine computes, as near to float64 as plain torch."""
+    """With two, no and three heads of four, the results are as near to float64 as plain torch's, by any
+    implementation."""
     model = whole()
     small = pruned(model, HEADS)
     expected = exact(model, HEADS).bert(batch_of(15), first_only=first_only)
@@ -87,8 +88,8 @@ def test_uneven_heads_are_the_zeroed_model(grad, first_only):
 
 
 def test_gradients_are_those_of_the_zeroed_model():
-    """Compares the gradients that both have, with a random upstream gradient. Removed heads have none, nor has a layer
-    without heads."""
+    """Compares the gradients that both models have, for a random upstream gradient. Removed heads have none, nor has a
+    layer without heads."""
     model = whole()
     small, by_torch, of_64 = pruned(model, HEADS), pruned(model, HEADS, "reference"), exact(model, HEADS)
     batch, upstream = batch_of(15), torch.randn(sum(LENGTHS), 64)
@@ -105,7 +106,7 @@ def test_gradients_are_those_of_the_zeroed_model():
         elif name in expected:
             compared += 1
             budget = 2 * relative_rms(of_torch[name].grad, expected[name]) + 1e-6
-            # a key's bias moves all scores of a query alike, so its gradient is rounding alone
+            # a key's bias shifts all scores of a query, so its gradient is only rounding
             assert name.endswith("key.bias") or relative_rms(p.grad, expected[name]) <= budget, name
     assert compared > 40
 
@@ -114,7 +115,7 @@ def test_gradients_are_those_of_the_zeroed_model():
 @pytest.mark.parametrize("heads", [HEADS, {0: [0], 1: [0], 2: [3]}], ids=["uneven", "even"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_short_batches_in_one_call(heads, dtype):
-    """The call of C++ for all layers is for heads as wide as the model: what it cannot do it must leave alone."""
+    """The C++ call for all layers requires heads as wide as the model, and must leave other models to the layers."""
     model = whole()
     small, by_torch = pruned(model, heads).to(dtype), pruned(model, heads, "reference").to(dtype)
     expected = exact(model.to(dtype).float(), heads).bert(batch_of(15)).last_hidden_state
@@ -133,7 +134,7 @@ def test_uneven_heads_in_8_bits():
         assert relative_rms(small.bert(batch_of(15)).last_hidden_state, expected) < 0.05
 
 
-def test_attentions_are_of_the_heads_that_are_left():
+def test_attentions_are_those_of_the_remaining_heads():
     small = pruned(whole(), HEADS)
     ids = torch.randint(5, 15, (2, 7))
     with torch.no_grad():
@@ -142,7 +143,7 @@ def test_attentions_are_of_the_heads_that_are_left():
 
 
 def test_accelerated_models_of_transformers_with_uneven_heads():
-    """transformers 5 has no prune_heads; who cuts by hand what version 4 cut gets the same from the drop-in."""
+    """transformers 5 has no prune_heads. A model whose heads were cut by hand, as version 4 did, can be accelerated."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(**{k: v for k, v in config_of().to_dict().items() if k != "model_type"})
     model = transformers.BertModel(config).eval()
@@ -169,8 +170,8 @@ def test_accelerated_models_of_transformers_with_uneven_heads():
 
 
 @pytest.mark.once
-def test_columns_that_go_are_those_that_do_nothing():
-    """Columns whose part of the product is zero can go, and the least important ones are found by that."""
+def test_columns_without_effect_are_removed_first():
+    """Columns whose part of the product is zero have the lowest importance, and removing them changes nothing."""
     model = whole("native")
     kept = [torch.arange(0, 96, 2), torch.arange(1, 96, 2), torch.arange(24, 72)]
     with torch.no_grad():
@@ -191,7 +192,7 @@ def test_columns_that_go_are_those_that_do_nothing():
 
 @pytest.mark.once
 def test_columns_are_a_multiple_of_16():
-    """The nearest one to the share, and the columns are the largest of each layer."""
+    """The multiple nearest to the share is kept, and of each layer the largest columns."""
     rising = torch.arange(96.0)
     for share, kept in ((0.3, 64), (0.5, 48), (0.9, 16)):
         found = most_important([rising, rising.flip(0)], share)
@@ -199,7 +200,7 @@ def test_columns_are_a_multiple_of_16():
 
 
 @pytest.mark.once
-def test_layers_are_numbered_anew():
+def test_remaining_layers_are_renumbered():
     model = pruned(whole(), HEADS)
     config, state = without_layers(model.config, model.state_dict(), [0])
     assert (config.num_hidden_layers, config.pruned_heads) == (2, {0: [0, 1, 2, 3], 1: [2]})
@@ -211,7 +212,7 @@ def test_layers_are_numbered_anew():
 
 
 @pytest.mark.once
-def test_heads_cut_twice_keep_their_first_numbers():
+def test_heads_removed_twice_keep_their_original_numbers():
     model = whole()
     once = without_heads(model.config, model.state_dict(), {0: [1], 2: [0, 2]})
     twice = without_heads(*once, {0: [3], 1: [0]})
@@ -234,8 +235,8 @@ def test_heads_by_name():
 
 
 @pytest.mark.once
-def test_importance_is_how_the_loss_moves():
-    """Against differences of the loss in float64, a head and a column at a time, an example at a time."""
+def test_importance_is_the_change_of_the_loss():
+    """Compared with differences of the loss in float64, for one head or column and one example at a time."""
     model = exact(whole(), {})
     task, windows = task_and_windows(6)
     of_heads, of_columns = importance_of(model, task, windows, [[0, 1, 2], [3, 4, 5]], torch.device("cpu"))
@@ -266,7 +267,7 @@ def test_importance_is_how_the_loss_moves():
 
 
 @pytest.mark.once
-def test_least_heads_are_those_that_nothing_reads():
+def test_heads_that_nothing_reads_are_the_least_important():
     model = zeroed(whole("native"), HEADS)
     of_heads, _ = importance_of(model, *task_and_windows(), [range(24)], torch.device("cpu"))
     assert least_heads(of_heads, 7 / 12, model.config) == HEADS
@@ -276,8 +277,8 @@ def test_least_heads_are_those_that_nothing_reads():
 
 
 @pytest.mark.once
-def test_a_pruned_folder_in_everybodys_hands(teacher, data, tmp_path, capsys):
-    """`predict`, `Encoder` and a server read it, and it says what of the zeroed model says."""
+def test_a_pruned_folder_is_read_by_all_programs(teacher, data, tmp_path, capsys):
+    """`predict`, `Encoder` and a server read the folder, and give the answers of the model with zeros."""
     out = tmp_path / "out"
     assert run("prune", teacher, "-o", out, "--heads", "0:1,3;1:0,1,2,3;2:2") == 0
     said = capsys.readouterr().out
@@ -310,7 +311,7 @@ def test_a_pruned_folder_in_everybodys_hands(teacher, data, tmp_path, capsys):
 
 @pytest.mark.once
 def test_layers_and_columns_for_transformers(teacher, data, tmp_path, capsys):
-    """Where no head went transformers reads the folder too, with the same logits."""
+    """If no head was removed, transformers reads the folder too, with the same logits."""
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "out"
     assert run("prune", teacher, "-o", out, "--layers", "1", "--ffn", "0.5", "--data", data, "--impl", "native") == 0
@@ -326,7 +327,7 @@ def test_layers_and_columns_for_transformers(teacher, data, tmp_path, capsys):
 
 @pytest.mark.once
 def test_half_of_the_heads_and_then_training(teacher, data, tmp_path, capsys):
-    """By importance, then `fastbert finetune` on what is left, with a layer of no heads in it."""
+    """By importance; then `fastbert finetune` trains the rest, with a layer that has no heads."""
     out, again = tmp_path / "out", tmp_path / "tuned"
     assert run("prune", teacher, "-o", out, "--heads", "0.5", "--data", data, "--impl", "native") == 0
     config = BertConfig.from_pretrained(out)
@@ -341,14 +342,15 @@ def test_half_of_the_heads_and_then_training(teacher, data, tmp_path, capsys):
     before, after = load_state_dict(tmp_path / "less"), load_state_dict(again)
     assert BertConfig.from_pretrained(again).heads_of(0) == 0
     assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
-    assert not torch.equal(before["classifier.weight"], after["classifier.weight"])  # the head goes on from its own
+    # training continued from the teacher's classifier
+    assert not torch.equal(before["classifier.weight"], after["classifier.weight"])
     steps = json.loads((again / HISTORY).read_text())["steps"]
     assert [step["command"] for step in steps] == ["prune", "prune", "finetune"]
 
 
 @pytest.mark.once
 def test_a_folder_of_sentence_transformers(teacher, tmp_path):
-    """Its other modules come along, and the model may lie in a folder of its own."""
+    """Its other modules are kept, and the model may be in a folder of its own."""
     whole = tmp_path / "texts"
     (whole / "1_Pooling").mkdir(parents=True)
     (whole / "onnx").mkdir()
@@ -440,8 +442,8 @@ WRONG = {
 
 @pytest.mark.once
 @pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)
-def test_what_cannot_be_pruned(teacher, data, tmp_path, capsys, options, message):
-    """In one line, and nothing is written."""
+def test_invalid_arguments_are_refused(teacher, data, tmp_path, capsys, options, message):
+    """The error is one line, and nothing is written."""
     other, labels = tmp_path / "other.tsv", tmp_path / "labels.tsv"
     other.write_text("one\ttwo\na b\tearly\n")
     labels.write_text("text\tlabel\na b\tsometimes\n")
@@ -456,7 +458,7 @@ def test_what_cannot_be_pruned(teacher, data, tmp_path, capsys, options, message
 
 
 @pytest.mark.once
-def test_folders_that_are_no_models_or_not_free(teacher, tmp_path, capsys):
+def test_folders_without_a_model_and_existing_outputs_are_refused(teacher, tmp_path, capsys):
     half, taken = tmp_path / "half", tmp_path / "taken"
     half.mkdir(), taken.mkdir()
     (half / "config.json").write_bytes((teacher / "config.json").read_bytes())

@@ -1,4 +1,4 @@
-"""`fastbert prune --magnitude`: which weights become zero, at once and step by step while the rest is trained."""
+"""`fastbert prune --magnitude`: which weights become zero, at once, or step by step during training."""
 
 import json
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.once
 
 
 def test_the_smallest_weights_become_zero():
-    """As many as asked for, of equal ones the first; of all matrices together, or of each."""
+    """As many as requested, and of equal ones the first; of all matrices together, or of each."""
     weights = {"a": torch.tensor([[1.0, -2.0, 3.0], [-3.0, 3.0, 5.0]]), "b": torch.tensor([[0.0, 9.0], [7.0, -8.0]])}
     together, each = (masks_of(weights, 0.5, scope) for scope in ("global", "layer"))
     assert together["a"].tolist() == [[False, False, False], [False, True, True]]
@@ -30,7 +30,7 @@ def test_the_smallest_weights_become_zero():
         masks_of(weights, 0.5, "model")
 
 
-def test_the_share_of_zeros_grows_and_is_whole_at_the_end_of_the_ramp():
+def test_the_share_of_zeros_grows_to_its_full_value_at_the_end_of_the_ramp():
     for steps in (1, 2, 5, 300):
         shares = [share_at(step, steps, 0.8) for step in range(steps + 1)]
         assert shares[0] == 0.0
@@ -43,7 +43,7 @@ def test_the_share_of_zeros_grows_and_is_whole_at_the_end_of_the_ramp():
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_a_folder_with_zeros(teacher, tmp_path, capsys, scope):
-    """The layers' matrices alone have them, and all else is as it was."""
+    """Only the matrices of the layers have zeros; all else is unchanged."""
     out = tmp_path / "out"
     assert run("prune", teacher, "-o", out, "--magnitude", "0.75", "--scope", scope) == 0
     assert "zeros among the layers' weights: 75.0%" in capsys.readouterr().out
@@ -67,11 +67,12 @@ def test_a_folder_with_zeros(teacher, tmp_path, capsys, scope):
     assert json.loads((out / HISTORY).read_text())["steps"][0]["share of zeros"] == 0.75
 
 
-def test_zeros_while_training_stopped_and_gone_on_with(teacher, data, tmp_path, capsys, monkeypatch):
-    """What is kept has all of its zeros, even where an epoch with fewer was the best one; to the same bits after a stop
-    in the middle of the ramp, and not with another share."""
+def test_zeros_during_a_training_that_is_stopped_and_resumed(teacher, data, tmp_path, capsys, monkeypatch):
+    """The kept model has all of its zeros, even if an epoch with fewer was the best one. After a stop in the middle of
+    the ramp training continues to the same bits, but not with another share."""
     monkeypatch.setattr(prune_magnitude, "EVERY", 1)
-    monkeypatch.setattr(training_run, "is_better", lambda value, best: best is None)  # the first one is the best
+    # the first model counts as the best
+    monkeypatch.setattr(training_run, "is_better", lambda value, best: best is None)
     training = ("--train", data, "--eval", data, "--epochs", 3, "--lr", 1e-3)
     command = ["prune", teacher, "--magnitude", "0.75", "--impl", "native", *training]
     assert run(*command, "-o", tmp_path / "whole") == 0

@@ -1,6 +1,6 @@
-"""What was public stays public: names and their parameters, rows of the benchmark, and what fifty calls give.
+"""What was public stays public: names and their parameters, rows of the benchmark, and the results of fifty calls.
 
-A name that moved went without a word before this test, together with whatever imported it.
+Before this test a name could move without a warning, and break programs that imported it.
 """
 
 import ast
@@ -24,7 +24,7 @@ def arguments(text: str) -> ast.arguments:
 
 
 def broken(before: str, now: str) -> list[str]:
-    """What a call that was right before would meet now."""
+    """The errors that a formerly valid call would now get."""
     old, new = arguments(before), arguments(now)
     problems = []
     positional = [a.arg for a in new.posonlyargs + new.args]
@@ -47,7 +47,7 @@ def broken(before: str, now: str) -> list[str]:
 
 
 def found(path: str) -> bool:
-    """Whether `path` still leads to something, with or without a DeprecationWarning."""
+    """Whether `path` still has a value, with or without a DeprecationWarning."""
     parts = path.split(".")
     for n in range(len(parts) - 1, 0, -1):
         try:
@@ -67,7 +67,7 @@ def is_in(path: str, module: str) -> bool:
 
 
 @pytest.mark.once
-def test_every_public_name_is_still_there_and_called_as_before():
+def test_every_public_name_still_exists_and_can_be_called_as_before():
     now = surface.names()
     now |= {old + path.removeprefix(new): now[path] for old, new in MOVED.items() for path in now if is_in(path, new)}
     with warnings.catch_warnings():
@@ -95,13 +95,13 @@ def test_every_public_name_is_still_there_and_called_as_before():
         ("a", "", 1),
     ],
 )
-def test_what_breaks_a_call(before, now, problems):
+def test_changes_that_break_a_call(before, now, problems):
     assert len(broken(before, now)) == problems
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("old", MOVED)
-def test_a_module_that_moved_says_so_and_is_the_same(old):
+def test_a_moved_module_warns_and_is_the_same(old):
     sys.modules.pop(old, None)
     with pytest.warns(DeprecationWarning, match=f"{old} is now {MOVED[old]}"):
         module = import_module(old)
@@ -110,7 +110,7 @@ def test_a_module_that_moved_says_so_and_is_the_same(old):
 
 @pytest.mark.once
 @pytest.mark.parametrize(("module", "old", "new"), [(m, old, new) for m in RENAMED for old, new in RENAMED[m].items()])
-def test_a_name_that_moved_says_so_and_is_the_same(module, old, new):
+def test_a_moved_name_warns_and_is_the_same(module, old, new):
     home = import_module(module)
     with pytest.warns(DeprecationWarning, match=f"{module}.{old} is now {module}.{new}"):
         assert getattr(home, old) is getattr(home, new)
@@ -118,7 +118,7 @@ def test_a_name_that_moved_says_so_and_is_the_same(module, old, new):
 
 
 @pytest.mark.once
-def test_names_that_are_gone_are_found_gone():
+def test_removed_names_are_detected():
     assert found("fastbert.layers.prepack")
     assert found("fastbert.BertModel.forward")
     assert not found("fastbert.layers.prepacked")
@@ -126,7 +126,7 @@ def test_names_that_are_gone_are_found_gone():
 
 
 @pytest.mark.once
-def test_every_row_of_the_benchmark_is_still_there():
+def test_every_row_of_the_benchmark_still_exists():
     now = surface.rows()
     gone = [
         f"{suite}: {name}"
@@ -139,7 +139,7 @@ def test_every_row_of_the_benchmark_is_still_there():
 
 
 @pytest.mark.once
-def test_the_record_holds_what_the_front_page_names():
+def test_the_record_has_the_names_of_the_readme():
     import fastbert
 
     assert {f"fastbert.{name}" for name in fastbert.__all__ if name != "__version__"} <= {*RECORDED["names"]}
@@ -147,15 +147,15 @@ def test_the_record_holds_what_the_front_page_names():
     assert len(RECORDED["rows"]) == 4 * 8
 
 
-# ---- what calls give -------------------------------------------------------------------------------------
+# ---- results of calls ------------------------------------------------------------------------------------
 
 GIVEN = json.loads(calls.RECORD.read_text())
-# Of the largest number that is kept of a tensor; what is computed in other ways differs by rounding alone.
+# Relative to the largest recorded number of a tensor. Implementations differ only by rounding.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
 def differences(now, before, path="") -> list[str]:
-    """Where two records differ by more than rounding."""
+    """The places where two records differ by more than rounding."""
     if isinstance(before, list) and isinstance(now, list) and len(now) == len(before):
         pairs = enumerate(zip(now, before, strict=True))
         return [line for n, (a, b) in pairs for line in differences(a, b, f"{path}[{n}]")]
@@ -179,9 +179,9 @@ def differences(now, before, path="") -> list[str]:
 
 
 @pytest.mark.parametrize("name", calls.CALLS)
-def test_what_a_public_call_gives(name):
+def test_results_of_public_calls(name):
     if name.startswith("transformers"):
-        pytest.importorskip("transformers", reason="what is accelerated")
+        pytest.importorskip("transformers", reason="its models are accelerated")
     given = json.loads(json.dumps(calls.kept(calls.CALLS[name]())))
     assert not differences(given, GIVEN[name])
 
@@ -205,7 +205,7 @@ def test_fifty_calls_are_recorded():
         (lambda x: torch.where(x == x.max(), torch.nan, x), True),
     ],
 )
-def test_what_differs_is_found(change, differs):
+def test_differences_are_found(change, differs):
     x = torch.linspace(-1, 2, 12)
     now, before = (calls.kept([t, "words"]) for t in (change(x), x))
     assert bool(differences(now, before)) == differs

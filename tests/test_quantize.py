@@ -1,4 +1,4 @@
-"""Weights in 8 bits: what training multiplies by is what inference does, to the bit; the layout; what is chosen."""
+"""Weights in 8 bits: training computes exactly what inference does; the layout; what is chosen."""
 
 import pytest
 import torch
@@ -22,15 +22,15 @@ def linear_of(columns=48, inner=64, dtype=torch.float32):
     return linear, torch.rand(inner) + 0.5
 
 
-# ---- the layer that is trained ---------------------------------------------------------------------------
+# ---- the layer in training -------------------------------------------------------------------------------
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("has_factors", [True, False], ids=["factors", "none"])
 def test_training_multiplies_as_inference_does(dtype, has_factors):
-    """To the bit, with gradients and without, under autocast too; and after a step by the weights as they are then. A
-    row of the weight has one scale, although inference alone would give its 192 elements two."""
+    """Equal to the bit, with and without gradients, and under autocast; after a step with the new weights. A row of the
+    weight has one scale, although inference alone would give its 192 elements two."""
     linear, factors = linear_of(inner=192)
     trained = TrainedInt8Linear(linear, factors if has_factors else None)
     x = (torch.randn(9, 192) * torch.rand(192) * 4).to(dtype)
@@ -55,8 +55,8 @@ def test_training_multiplies_as_inference_does(dtype, has_factors):
 
 
 @pytest.mark.native
-def test_gradients_pass_the_rounding_by():
-    """dx by the weight that the integers say, dW by x: against float64, within twice torch's own error."""
+def test_gradients_ignore_the_rounding():
+    """dx by the weight that the integers stand for, dW by x: against float64, within twice torch's own error."""
     linear, factors = linear_of()
     trained = TrainedInt8Linear(linear, factors)
     x, dy = torch.randn(3, 7, 64).requires_grad_(), torch.randn(3, 7, 48)
@@ -77,7 +77,7 @@ def test_gradients_pass_the_rounding_by():
 
 
 @pytest.mark.once
-def test_a_weight_there_and_back():
+def test_a_weight_is_stored_and_read_back():
     linear, factors = linear_of()
     for chosen in (factors, None):
         integers, state = integers_of(linear.weight, chosen), {"a.bias": linear.bias}
@@ -105,7 +105,7 @@ BROKEN = {
 
 @pytest.mark.once
 @pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
-def test_integers_without_what_they_need(spoil, message):
+def test_integers_with_missing_or_wrong_scales_are_refused(spoil, message):
     linear, factors = linear_of()
     state: dict[str, torch.Tensor] = {}
     put_in(state, "a", integers_of(linear.weight, factors))
@@ -115,7 +115,7 @@ def test_integers_without_what_they_need(spoil, message):
 
 
 @pytest.mark.once
-def test_layouts_that_are_not_read():
+def test_unsupported_layouts_are_refused():
     good = described([], has_factors=False)
     expect_layout(good, "x")
     group = good["config_groups"]["group_0"]
@@ -136,8 +136,8 @@ def test_layouts_that_are_not_read():
 
 
 @pytest.mark.once
-def test_the_library_reads_what_has_no_factors_and_refuses_the_rest():
-    """compressed-tensors itself: weights to the last bit; a scheme with factors is none of its schemes."""
+def test_compressed_tensors_reads_files_without_factors_and_refuses_others():
+    """It reads weights to the last bit; a scheme with factors is not one of its schemes."""
     library = pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors.base import BaseCompressor
 
@@ -166,7 +166,7 @@ def calibrated(**changes):
 
 @pytest.mark.native
 @needs_products
-def test_a_plan_measures_and_leaves_the_model_as_it_is():
+def test_a_plan_measures_without_changing_the_model():
     model, outputs = calibrated()
     with torch.no_grad():
         exact = outputs()
@@ -187,8 +187,8 @@ def test_a_plan_measures_and_leaves_the_model_as_it_is():
 
 @pytest.mark.native
 @needs_products
-def test_the_most_sensitive_stay_until_the_error_is_small_enough():
-    """Columns of one weight that differ by a thousand make its integers poor: it is the one to stay."""
+def test_the_most_sensitive_layers_stay_in_floating_point():
+    """Columns that differ by a factor of a thousand make a weight's integers inaccurate: this weight stays."""
     model, outputs = calibrated()
     with torch.no_grad():
         model.bert.encoder["layer"][1].intermediate["dense"].weight[:, ::16] *= 200.0
@@ -205,8 +205,8 @@ def test_the_most_sensitive_stay_until_the_error_is_small_enough():
 
 @pytest.mark.native
 @needs_products
-def test_smoothing_helps_where_a_column_stands_out():
-    """The input of the second linear layer has columns a hundred times larger than the rest."""
+def test_smoothing_helps_if_some_columns_are_large():
+    """The second linear layer's input has columns a hundred times larger than the others."""
     model, outputs = calibrated()
     with torch.no_grad():
         for layer in model.bert.encoder["layer"]:
@@ -217,7 +217,7 @@ def test_smoothing_helps_where_a_column_stands_out():
 
 
 @pytest.mark.once
-def test_a_column_is_as_large_as_its_percentile():
+def test_the_size_of_a_column_is_its_percentile():
     linear, x = torch.nn.Linear(4, 4), torch.arange(1.0, 101.0)[:, None] * torch.tensor([1.0, -2.0, 3.0, 0.0])
     found = squares_of_columns([linear], lambda: linear(x), percentile=90)[linear]
     assert torch.equal(found.sqrt(), torch.tensor([90.0, 180.0, 270.0, 0.0]))
@@ -227,8 +227,8 @@ def test_a_column_is_as_large_as_its_percentile():
 
 
 @pytest.mark.once
-def test_calibration_takes_drawn_texts_that_fit():
-    """By the seed, in their order, and with so many tokens that they can be computed at once."""
+def test_calibration_draws_texts_that_fit():
+    """Drawn by the seed, in their order, and only so many tokens that they can be computed at once."""
     items = list(range(40))
     drawn = [sample(items, 16, seed) for seed in (0, 0, 1)]
     assert all(len(set(some)) == 16 and some == sorted(some) for some in drawn)
@@ -257,8 +257,8 @@ def test_training_calibrates_on_drawn_examples(monkeypatch):
 
 
 @pytest.mark.once
-def test_what_is_stored_of_a_plan_of_nothing():
-    """Nothing in 8 bits is a plain checkpoint in another dtype."""
+def test_a_plan_without_layers_is_stored_as_a_plain_checkpoint():
+    """In the dtype of the plan."""
     from fastbert.compression.quantize_plan import Plan
 
     model = BertForSequenceClassification(config_of())

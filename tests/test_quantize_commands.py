@@ -1,4 +1,4 @@
-"""`fastbert quantize` from folder to folder, after training and by training: what is stored is what is computed."""
+"""`fastbert quantize` from folder to folder, after training and by training: the folder computes what was evaluated."""
 
 import json
 import re
@@ -30,7 +30,7 @@ TEXTS = ["ab cd", "e", "fa ga ha", "b " * 9]
 
 @pytest.fixture(scope="module")
 def in_8(teacher, data, tmp_path_factory):
-    """The teacher in 8 bits, by the command."""
+    """The teacher in 8 bits, made by the command."""
     out = tmp_path_factory.mktemp("made") / "int8"
     assert run("quantize", teacher, "-o", out, "--data", data, "-q") == 0
     return out
@@ -41,8 +41,8 @@ def in_8(teacher, data, tmp_path_factory):
 
 @pytest.mark.native
 @needs_products
-def test_a_folder_in_8_bits_is_read_as_it_was_computed(in_8, teacher):
-    """`pipeline`, `Encoder`, and a server: the stored integers, in one call where this machine has it."""
+def test_a_folder_in_8_bits_has_the_results_of_the_quantised_model(in_8, teacher):
+    """`pipeline`, `Encoder` and a server use the stored integers, in one call if this machine supports it."""
     state = load_state_dict(in_8)
     ready = fastbert.pipeline(in_8, **OPTIONS)
     linears = {name: module for name, module in ready.model.named_modules() if isinstance(module, Int8Linear)}
@@ -70,8 +70,8 @@ def test_a_folder_in_8_bits_is_read_as_it_was_computed(in_8, teacher):
 
 @pytest.mark.once
 @needs_products
-def test_without_such_products_the_weights_are_floats(in_8, tmp_path, monkeypatch):
-    """On a GPU, by the Triton kernels, and on an older CPU: what the integers say; and so saved again."""
+def test_without_8_bit_products_the_weights_are_floats(in_8, tmp_path, monkeypatch):
+    """On a GPU, with the Triton kernels and on an older CPU. They have the integers' values, and are saved so."""
     model = BertModel.from_pretrained(in_8, impl="reference", dtype=torch.float32)
     assert not holds_integers(model)
     state = load_state_dict(in_8)
@@ -107,8 +107,8 @@ def test_what_is_in_the_folder(in_8, teacher):
 
 @pytest.mark.native
 @needs_products
-def test_layers_that_stay_and_pruned_heads(teacher, data, tmp_path, capsys):
-    """A pruned model without heads in one layer, with the most sensitive groups in float32."""
+def test_layers_kept_in_float32_and_pruned_heads(teacher, data, tmp_path, capsys):
+    """A pruned model without heads in one layer; the most sensitive groups stay in float32."""
     small, out = tmp_path / "small", tmp_path / "out"
     assert run("prune", teacher, "-o", small, "--heads", "0:1,3;1:0,1,2,3;2:2", "-q") == 0
     assert run("quantize", small, "-o", out, "--data", data, "--error", "0.006", "--dtype", "float32") == 0
@@ -139,8 +139,8 @@ def test_an_encoder_without_a_task(teacher, tmp_path):
 
 @pytest.mark.native
 @needs_products
-def test_what_training_evaluates_is_what_the_folder_computes(teacher, data, tmp_path, capsys):
-    """The logits of the model that a training kept, and of its folder: the same bits. It learns, and goes on."""
+def test_the_folder_computes_what_training_evaluated(teacher, data, tmp_path, capsys):
+    """The score in the report is that of the folder, which computes with integers. Training lowers the loss."""
     out = tmp_path / "out"
     options = ["--train", data, "--eval", data, "--epochs", "2", "--lr", "1e-3"]
     assert run("quantize", teacher, "-o", out, *options) == 0
@@ -160,11 +160,12 @@ def test_what_training_evaluates_is_what_the_folder_computes(teacher, data, tmp_
 
 @pytest.mark.native
 @needs_products
-def test_what_calibration_makes_is_kept_where_training_does_not_help(
+def test_the_calibrated_model_is_kept_if_training_does_not_help(
     teacher, in_8, data, tmp_path, capsys, monkeypatch
 ):  # fmt: skip
-    """It is evaluated before the first step, as the folder that --data would write."""
-    monkeypatch.setattr(training_run, "is_better", lambda value, best: best is None)  # the first one is the best
+    """It is evaluated before the first step, and is the folder that --data would write."""
+    # the first model counts as the best
+    monkeypatch.setattr(training_run, "is_better", lambda value, best: best is None)
     out = tmp_path / "out"
     assert run("quantize", teacher, "-o", out, "--train", data, "--eval", data, "--lr", "1e-3") == 0
     assert ", after epoch 0, the best" in capsys.readouterr().out
@@ -177,7 +178,7 @@ def test_what_calibration_makes_is_kept_where_training_does_not_help(
 
 @pytest.mark.native
 @needs_products
-def test_the_kept_model_and_its_folder_to_the_bit(tmp_path, teacher):
+def test_the_kept_model_and_its_folder_have_the_same_bits(tmp_path, teacher):
     model = BertForSequenceClassification.from_pretrained(teacher, impl="native", dtype=torch.float32)
     task, windows = task_and_windows(40)
     shaping = QuantisedTraining(Settings(), str(teacher))
@@ -203,7 +204,7 @@ def test_the_kept_model_and_its_folder_to_the_bit(tmp_path, teacher):
     with torch.no_grad():
         assert torch.equal(*(run() for run in outputs))
         assert relative_rms(outputs[0](), outputs_of_task(model, task, windows)().double()) < 0.05
-    # in batches as `predict` makes them, which asks for autocast: that must not round the integers' products again
+    # in `predict`'s batches, which ask for autocast: it must not round the integers' products again
     found = outputs_of(ready.model, task, windows, 200, torch.bfloat16, ready.processes)
     with torch.no_grad():
         assert relative_rms(torch.tensor(np.array(found)), outputs[1]().double()) < 1e-3
@@ -211,8 +212,8 @@ def test_the_kept_model_and_its_folder_to_the_bit(tmp_path, teacher):
 
 @pytest.mark.native
 @needs_products
-def test_a_training_that_was_stopped_goes_on(teacher, data, tmp_path, capsys, monkeypatch):
-    """To the same bits; not with another model, which would have other factors."""
+def test_a_stopped_training_continues(teacher, data, tmp_path, capsys, monkeypatch):
+    """It ends with the same bits. Another model is refused, because it would have other factors."""
     command = ["quantize", teacher, "--train", data, "--epochs", "2", "--lr", "1e-3", "-q", "-o"]
     assert run(*command, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
@@ -229,7 +230,7 @@ def test_a_training_that_was_stopped_goes_on(teacher, data, tmp_path, capsys, mo
 
 @pytest.mark.once
 @needs_products
-def test_a_model_in_8_bits_is_not_trained_cut_or_quantised_again(in_8, data, tmp_path, capsys):
+def test_a_model_in_8_bits_cannot_be_trained_pruned_or_quantised(in_8, data, tmp_path, capsys):
     again = ["-o", tmp_path / "out", "--data", data]
     assert run("quantize", in_8, *again) == 1
     assert "in 8 bits already" in capsys.readouterr().err
@@ -258,8 +259,8 @@ WRONG = {
 @pytest.mark.once
 @needs_products
 @pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)
-def test_what_cannot_be_quantised(teacher, data, tmp_path, capsys, options, message):
-    """In one line, and nothing is written."""
+def test_invalid_arguments_are_refused(teacher, data, tmp_path, capsys, options, message):
+    """The error is one line, and nothing is written."""
     one, two, other = (tmp_path / f"{name}.tsv" for name in ("one", "two", "other"))
     one.write_text("text\tlabel\na b\tearly\n")
     two.write_text("text\tlabel\na b\tearly\nh\tLate\n")

@@ -1,4 +1,4 @@
-"""Keyed randomness: torch and Triton give the bits that `_random.py` promises, and these are random."""
+"""Keyed randomness: torch and Triton give the bits that `_random.py` defines, and these are random."""
 
 import math
 
@@ -23,7 +23,7 @@ if _device.HAS_TRITON:
         n_rows, n_cols,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        """What a fused kernel does with its rows and columns."""
+        """Draws as a fused kernel does for its rows and columns."""
         offs_m = tl.arange(0, BLOCK_M)
         offs_n = tl.arange(0, BLOCK_N)
         mask_m = offs_m < n_rows
@@ -46,9 +46,9 @@ PROBABILITIES = {
     "bert": 0.1,
     "half": 0.5,
     "nearly_one": 1 - 1e-9,
-    "next_to_one": 1 - 2**-53,  # rounds to 2^32, which 32 bits do not hold
+    "next_to_one": 1 - 2**-53,  # rounds to 2^32, which does not fit 32 bits
 }
-# (seed, stream, rows) that reach every bit of the arithmetic
+# (seed, stream, rows) that together use every bit of the arithmetic
 KEYS = {
     "zeros": (0, 0, [0]),
     "small": (1, 1, list(range(37))),
@@ -111,7 +111,7 @@ def test_the_kernel_gives_torchs_bits(name, p, device):
 
 
 def test_an_element_at_the_threshold_is_kept(device):
-    """keep is bits >= threshold; one element in 2^32 lies on it, so this one is sought out."""
+    """keep is bits >= threshold. One element in 2^32 equals the threshold, so this one was searched for."""
     seed, stream, rows = KEYS["token_rows"]
     bits = _bits_by_hand(_keys_by_hand(seed, stream, rows[4]), 77)
     keys = _keys(seed, stream, rows)
@@ -123,7 +123,7 @@ def test_an_element_at_the_threshold_is_kept(device):
 
 
 def _drawn_by_kernel(seed, stream, rows, threshold, n_cols, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(keys, keep mask) on the CPU."""
+    """(keys, keep mask), both on the CPU."""
     keys = torch.empty(len(rows), dtype=torch.int64, device=device)
     keep = torch.empty(len(rows), n_cols, dtype=torch.int8, device=device)
     _draw[(1,)](
@@ -134,8 +134,8 @@ def _drawn_by_kernel(seed, stream, rows, threshold, n_cols, device) -> tuple[tor
 
 
 # ---- the randomness --------------------------------------------------------------------------------------
-# A count of n independent draws of probability q lies within 5 sqrt(n q (1 - q)) of n q but once in two million
-# times; seeds are fixed, so these tests never fail by chance.
+# A count of n independent draws of probability q is within 5 sqrt(n q (1 - q)) of n q except once in two million times.
+# Seeds are fixed, so these tests never fail by chance.
 
 
 def _assert_binomial(count: int, n: int, q: float, what: str) -> None:
@@ -161,12 +161,12 @@ def test_every_bit_is_fair():
         _assert_binomial(sum(b >> bit & 1 for b in bits), len(bits), 0.5, f"bit {bit}")
 
 
-# what differs between two masks -> (keys of the one, keys of the other)
+# what differs between two masks -> (keys of one, keys of the other)
 NEIGHBOURS = {
     "next_seed": lambda rows: (_keys(11, 3, rows), _keys(12, 3, rows)),
     "next_stream": lambda rows: (_keys(11, 3, rows), _keys(11, 4, rows)),
     "next_head": lambda rows: (_keys(11, 3 * HEAD_STREAMS, rows), _keys(11, 3 * HEAD_STREAMS + 1, rows)),
-    "seed_for_stream": lambda rows: (_keys(12, 3, rows), _keys(11, 4, rows)),  # seed + stream is the same
+    "seed_for_stream": lambda rows: (_keys(12, 3, rows), _keys(11, 4, rows)),  # seed + stream is equal
     "next_row": lambda rows: (_keys(11, 3, rows), _keys(11, 3, rows + 1)),
     "next_sequence": lambda rows: (_keys(11, 3, rows), _keys(11, 3, rows + (1 << 32))),
     "position_for_sequence": lambda rows: (_keys(11, 3, rows + 1), _keys(11, 3, rows << 32 | 1)),
@@ -178,7 +178,7 @@ NEIGHBOURS = {
 def test_neighbours_are_independent(pair):
     p, n_cols = 0.5, 256
     one, other = (keep_mask(keys, n_cols, p) for keys in pair(torch.arange(1, 1025)))
-    for shift in (0, 1, 2, 16, 128):  # the same column, and columns of a fixed distance
+    for shift in (0, 1, 2, 16, 128):  # the same column, and columns at a fixed distance
         agree = one[:, : n_cols - shift] == other[:, shift:]
         _assert_binomial(int(agree.sum()), agree.numel(), 0.5, f"agreement at distance {shift}")
 
@@ -187,12 +187,12 @@ def test_neighbours_are_independent(pair):
 def test_columns_of_a_row_are_independent(distance):
     keep = keep_mask(_keys(5, 1, torch.arange(2048)), 512, 0.3)
     both = keep[:, :-distance] & keep[:, distance:]
-    # pairs overlap, so their count varies a little more than that of independent draws: three times, at the most
+    # pairs overlap, so their count varies more than that of independent draws: at most three times as much
     n, q = both.numel(), 0.7**2
     assert abs(int(both.sum()) - n * q) <= 5 * math.sqrt(3 * n * q * (1 - q))
 
 
-# ---- what it depends on, and what not --------------------------------------------------------------------
+# ---- what a mask depends on ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("p", ["zero", "below_a_bit"])
@@ -201,8 +201,8 @@ def test_nothing_is_dropped_at_zero(p):
 
 
 @pytest.mark.parametrize("p", ["nearly_one", "next_to_one"])
-def test_next_to_nothing_is_kept_near_one(p):
-    """A threshold of 2^32 would wrap to 0 in 32 bits and keep everything."""
+def test_almost_nothing_is_kept_near_one(p):
+    """In 32 bits a threshold of 2^32 would wrap to 0 and keep everything."""
     assert keep_mask(_keys(1, 0, torch.arange(4096)), 256, PROBABILITIES[p]).sum() <= 1
 
 
@@ -212,8 +212,8 @@ def test_a_probability_outside_its_range_is_refused(p):
         keep_threshold(p)
 
 
-def test_a_mask_does_not_know_its_neighbours():
-    """Any rows, in any order and layout, and any number of columns: each element keeps its bit."""
+def test_an_element_of_a_mask_does_not_depend_on_others():
+    """For any rows, in any order and layout, and any number of columns, each element keeps its bit."""
     rows = torch.arange(24).reshape(4, 6) * 3 + (5 << 32)
     whole = keep_mask(_keys(9, 1, rows), 64, 0.4)
 

@@ -1,4 +1,4 @@
-"""`fastbert verify --record` and `--replay`: a file of what one machine computed, and another held against it."""
+"""`fastbert verify --record` and `--replay`: one machine's results in a file, with which another is compared."""
 
 import json
 
@@ -26,7 +26,7 @@ def contents(path):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """Every case of every operator in bf16, as torch's own operators compute it."""
+    """Every case of every operator in bf16, computed by torch's own operators."""
     path = tmp_path_factory.mktemp("recording") / "all.safetensors"
     record(path, "--dtype", "bf16")
     return path
@@ -35,8 +35,8 @@ def everything(tmp_path_factory):
 # ---- what a file holds -----------------------------------------------------------------------------------
 
 
-def test_a_file_alone_repeats_every_case(everything):
-    """Inputs as they were, tuples, numbers and None among them; outputs and gradients, each by its name."""
+def test_the_file_is_enough_to_repeat_every_case(everything):
+    """All inputs, also tuples, numbers and None; outputs and gradients, each by its name."""
     recorded = recording.Recording(everything)
     tasks = recorded.tasks()
     assert tasks == verify.tasks(tuple(verify.CASES), ["bf16"], CPU, "small")
@@ -56,14 +56,14 @@ def flat(value):
     return [v for item in value for v in flat(item)] if isinstance(value, (tuple, list)) else [value]
 
 
-def test_a_file_says_what_it_was_computed_with(everything):
+def test_a_file_names_the_machine_and_versions(everything):
     of = recording.Recording(everything).environment
     assert of["impl"] == "native"
     assert of["torch"] == torch.__version__
     assert "native on CPU, fastbert" in recording.describe(of)
 
 
-def test_a_tensor_that_cases_share_is_there_once(everything, tmp_path):
+def test_a_tensor_that_cases_share_is_stored_once(everything, tmp_path):
     both = tmp_path / "both.safetensors"
     record(both, "--op", "pool", "--dtype", "fp32", "--dtype", "fp16")
     tensors, metadata = contents(both)
@@ -72,7 +72,7 @@ def test_a_tensor_that_cases_share_is_there_once(everything, tmp_path):
     assert sum(name.startswith("inputs/") for name in tensors) == 2  # x, cu_seqlens
 
 
-# ---- held against it -------------------------------------------------------------------------------------
+# ---- comparison ------------------------------------------------------------------------------------------
 
 
 def test_the_same_machine_has_the_same_bits(everything, capsys):
@@ -85,7 +85,7 @@ def test_the_same_machine_has_the_same_bits(everything, capsys):
 
 
 @pytest.mark.parametrize(("name", "direction"), [("out", "forward"), ("dx", "backward")])
-def test_a_difference_fails_where_it_is(name, direction, tmp_path, capsys):
+def test_a_difference_fails_its_own_case(name, direction, tmp_path, capsys):
     path = tmp_path / "recording.safetensors"
     record(path, "--op", "pool", "--dtype", "fp32")
     tensors, metadata = contents(path)
@@ -98,8 +98,8 @@ def test_a_difference_fails_where_it_is(name, direction, tmp_path, capsys):
     assert "Of 6 tensors 5 have the bits of the recording." in document["notes"]
 
 
-def test_other_inputs_are_taken_from_the_file(tmp_path):
-    """The recorded case is repeated, not the case of that name as it is made here."""
+def test_inputs_are_taken_from_the_file(tmp_path):
+    """The recorded case is repeated, not the case that has the same name here."""
     path = tmp_path / "recording.safetensors"
     record(path, "--op", "pool", "--dtype", "fp32")
     tensors, metadata = contents(path)
@@ -112,13 +112,13 @@ def test_other_inputs_are_taken_from_the_file(tmp_path):
     assert all(check.error == 0.0 for check in replay.check(mean).checks)
 
 
-def test_only_some_of_it(everything, capsys):
+def test_some_cases_of_a_file(everything, capsys):
     arguments = ["--impl", "native", "--device", "cpu", "--replay", str(everything), "--json"]
     assert main(["verify", *arguments, "--op", "pool"]) == 0
     assert {row["op"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"pool"}
 
 
-def test_what_is_no_recording_is_one_line(tmp_path, capsys):
+def test_other_files_are_refused_in_one_line(tmp_path, capsys):
     text, other = tmp_path / "text", tmp_path / "other.safetensors"
     text.write_text("hello")
     save_file({"x": torch.zeros(1)}, other)
@@ -136,7 +136,7 @@ def test_what_is_no_recording_is_one_line(tmp_path, capsys):
         (["--record", "nowhere/file"], "no folder 'nowhere' to write file into"),
     ],
 )
-def test_arguments_that_do_not_go_together(arguments, said, capsys):
+def test_arguments_that_exclude_each_other(arguments, said, capsys):
     assert main(["verify", *arguments]) == 2
     assert said in capsys.readouterr().err
 
@@ -146,11 +146,11 @@ def test_arguments_that_do_not_go_together(arguments, said, capsys):
 
 @pytest.mark.skipif(not _device.HAS_TRITON, reason="triton is not installed")
 def test_one_architecture_against_another(tmp_path, capfd):
-    """From whichever process it is started; sm_80 computes as sm_90 does, within the budget, and by other kernels."""
+    """From any process. sm_80 computes as sm_90 does, within the budget, with other kernels."""
     path, some = tmp_path / "sm_90.safetensors", ["--op", "linear_act", "--dtype", "fp16"]
     assert main(["verify", "--emulate", "sm_90", "--record", str(path), *some]) == 0
     assert "compiled for sm_90" in capfd.readouterr().out
     assert recording.Recording(path).environment["arch"] == "sm_90"
     assert main(["verify", "--emulate", "sm_80", "--replay", str(path), *some]) == 0
     assert "Recorded: triton on the emulator (sm_90)" in capfd.readouterr().out
-    assert functional.why_not_triton(CPU) is None or not _device.triton_on_cpu()  # nothing is left emulating
+    assert functional.why_not_triton(CPU) is None or not _device.triton_on_cpu()  # the emulator was switched off

@@ -1,4 +1,4 @@
-"""The report says what the result files say, and nothing else; the scripts around it hold together."""
+"""The report contains exactly what the result files contain; the scripts around it work together."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def row(name: str, peer: str, seconds: float | None, **more) -> dict:
-    """An invented row."""
+    """A row with made-up figures."""
     empty = dict.fromkeys(
         (
             "reason",
@@ -67,17 +67,17 @@ def test_the_page_names_the_best_of_the_others_and_the_floor(result):
     (line,) = [line for line in page.splitlines() if line.startswith("| base forward, invented_natural (1,000 tokens)")]
     assert "| 500 ms | 2,000 | next best: 1 s" in line.replace("1.00 s", "1 s")
     assert "2.00x (1.90 - 2.10)" in line
-    assert line.rstrip(" |").endswith("2.00x")  # over the floor
+    assert line.rstrip(" |").endswith("2.00x")  # relative to the floor
     assert "**wrong**: relative RMS error 1e-1" in page
     assert "NVIDIA GPUs\n\nnot measured" in page
 
 
-def test_a_run_that_was_cut_short_says_so(result):
+def test_a_run_that_was_cut_short_is_marked(result):
     result["complete"] = False
     assert "cut short" in report.page([device(result)])
 
 
-def test_the_table_of_whole_models_replaces_only_itself(result):
+def test_only_the_table_of_whole_models_is_replaced(result):
     page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     new = with_block(page, report.whole_models([device(result)]))
     assert new.startswith("before\n")
@@ -109,7 +109,7 @@ def test_the_table_of_encoders(tmp_path):
     assert "not measured" in report_encode.block(tmp_path / "cpu")
 
 
-def test_a_case_that_we_did_not_measure_has_no_figure(result):
+def test_a_case_without_our_measurement_has_no_figure(result):
     result["rows"] = [r for r in copy.deepcopy(result["rows"]) if r["peer"] != "fastbert"]
     assert "not measured" in report.page([device(result)])
     assert "not measured" in report.whole_models([device(result)])

@@ -1,4 +1,4 @@
-"""Costs against torch's own counter and against real tensors; floors by hand; the table says what was measured."""
+"""Costs compared with torch's counter and with real tensors, floors worked out by hand, and the printed table."""
 
 import json
 
@@ -20,19 +20,19 @@ pytestmark = pytest.mark.once
 
 TINY = MODELS["tiny"]
 RAGGED = Workload(TINY, (5, 31, 2, 12))
-FULL = Workload(TINY, (20,) * 3)  # one length: the same tokens padded and packed
+FULL = Workload(TINY, (20,) * 3)  # one length: padded and packed tokens are equal
 CEILINGS = {"gemm_tflops": {"float32": 0.1, "bfloat16": 0.4}, "copy_gbs": 20.0, "source": "invented"}
 
 
 def counted(call) -> float:
-    """FLOPs that torch's counter sees; it knows products, not the fused attention of a CPU."""
+    """FLOPs by torch's counter, which knows products, but not a CPU's fused attention."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()
 
 
 def recomputed(workload: Workload) -> float:
-    """q k^T again in the backward of every layer, by the convention; plain torch keeps the probabilities instead."""
+    """By convention each layer's backward pass computes q k^T again; plain torch stores the probabilities instead."""
     return workload.model.layers * costs.attention_flops(workload) / 2
 
 
@@ -70,12 +70,12 @@ def test_flops_of_a_training_step_are_those_of_plain_torch():
 
 @pytest.mark.parametrize("op", ["attention", "add_layer_norm", "feed_forward", "linear_cross_entropy", "pool"])
 def test_flops_of_operators_are_those_of_the_reference(op):
-    """Lengths of every kind: padding would show as too many products."""
+    """For uneven lengths: padding would show as too many products."""
     inputs = INPUTS[op](TINY, RAGGED.lengths)
     leaves = {k: v.requires_grad_() for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     kept = []
     forward, backward = costs.of_operator(op, RAGGED, 4, training=True)
-    if op == "linear_cross_entropy":  # the reference multiplies the rows without a label too
+    if op == "linear_cross_entropy":  # the reference also multiplies rows without a label
         forward, backward = costs.cross_entropy(RAGGED.tokens, TINY, 4)
     assert counted(lambda: kept.append(getattr(F, op)(**inputs, impl="reference"))) == forward.flops
     again = costs.attention_flops(RAGGED) / 2 if op == "attention" else 0
@@ -84,7 +84,7 @@ def test_flops_of_operators_are_those_of_the_reference(op):
 
 
 def test_backward_attention_is_counted_as_torch_counts_its_fused_kernels():
-    """With q k^T made again: 2.5 times the forward."""
+    """q k^T is computed again, so it costs 2.5 times the forward pass."""
     counter = pytest.importorskip("torch.utils.flop_counter").sdpa_backward_flop_count
     shapes = [(1, TINY.heads, n, TINY.head_dim) for n in RAGGED.lengths]
     assert costs.attention(RAGGED, 2)[1].flops == sum(counter(shape, shape, shape, shape) for shape in shapes)
@@ -100,14 +100,14 @@ def test_rows_without_a_label_cost_nothing():
 
 
 def matrices(tensors) -> int:
-    """Bytes of those with rows: biases, ids and lengths are left out."""
+    """Bytes of the tensors with rows; biases, ids and lengths are left out."""
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dim() > 1)
 
 
 @pytest.mark.parametrize("op", ["attention", "add_layer_norm", "feed_forward", "pool"])
 def test_forward_bytes_are_those_of_inputs_and_outputs(op):
     inputs = INPUTS[op](TINY, RAGGED.lengths)
-    inner = 2 * RAGGED.tokens * TINY.intermediate * 4 if op == "feed_forward" else 0  # written, and read again
+    inner = 2 * RAGGED.tokens * TINY.intermediate * 4 if op == "feed_forward" else 0  # written and read again
     forward, _ = costs.of_operator(op, RAGGED, 4, training=False)
     assert forward.bytes == matrices([*inputs.values(), getattr(F, op)(**inputs, impl="reference")]) + inner
 
@@ -116,13 +116,13 @@ def test_forward_bytes_are_those_of_inputs_and_outputs(op):
 def test_backward_bytes_are_those_of_upstream_inputs_and_gradients(op):
     inputs = INPUTS[op](TINY, RAGGED.lengths)
     out = getattr(F, op)(**inputs, impl="reference")
-    moved = 2 * matrices(inputs.values()) + matrices([out])  # inputs and their gradients, dy
+    moved = 2 * matrices(inputs.values()) + matrices([out])  # inputs, their gradients, dy
     if op == "attention":
-        moved += matrices([out])  # o, for the sums of o do
+        moved += matrices([out])  # o, for the sums of o * do
     if op == "add_layer_norm":
-        moved -= matrices([inputs["residual"]])  # one gradient for x and residual
+        moved -= matrices([inputs["residual"]])  # x and residual have one gradient
     if op == "pool":
-        moved -= matrices([inputs["x"]])  # a mean needs no x
+        moved -= matrices([inputs["x"]])  # a mean does not need x
     assert costs.of_operator(op, RAGGED, 4, training=True)[1].bytes == moved
     if op == "add_layer_norm":
         dropped = costs.of_operator(op, RAGGED, 4, training=True, dropout=True)[1]
@@ -136,7 +136,7 @@ def test_linear_reads_and_writes_each_matrix_once():
 
 
 def test_floors_by_hand():
-    """The figures of the kernels' docstrings: 16,384 tokens of BERT-base in bfloat16 at 790 TFLOP/s and 4.3 TB/s."""
+    """The figures in the kernels' docstrings: 16,384 tokens of BERT-base in bfloat16 at 790 TFLOP/s and 4.3 TB/s."""
     rows = {
         (cost.operator, cost.direction, cost.part): (*cost.floor(790, 4300), cost.count)
         for cost in costs.of_model(Workload(MODELS["base"], (512,) * 32), torch.bfloat16, training=True)
@@ -149,7 +149,7 @@ def test_floors_by_hand():
     assert (round(1e6 * (up[0] + down[0]) / up[2]), up[1]) == (196, "matrix")
 
 
-def test_batches_read_the_weights_anew():
+def test_each_batch_reads_the_weights_again():
     whole = Workload(TINY, (64, 64))
     (one,), two = [whole], [Workload(TINY, (64,)), Workload(TINY, (64,))]
     weights = TINY.layers * 3 * TINY.hidden**2 * 4
@@ -164,7 +164,7 @@ def test_batches_read_the_weights_anew():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A workload small enough to be timed here, by PyTorch's operators: the interpreter would take a minute."""
+    """A workload small enough to be timed here, with PyTorch's operators; the interpreter would take a minute."""
     monkeypatch.setattr("fastbert.functional._choice.why_not_triton", lambda device: "not in this test")
     monkeypatch.setitem(WORKLOADS, "tiny_ragged", RAGGED)
     monkeypatch.setattr(machine, "ceilings", lambda *_: {k: v for k, v in CEILINGS.items() if k != "source"})
@@ -172,7 +172,7 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_here_every_operator_and_the_whole_are_timed(tiny, training, tmp_path, capsys):
+def test_on_this_device_every_operator_and_the_model_are_timed(tiny, training, tmp_path, capsys):
     out = tmp_path / "r.json"
     assert roofline.main([*tiny, "--json", str(out), *(["--training"] if training else [])]) == 0
     found = json.loads(out.read_text())
@@ -189,7 +189,7 @@ def test_here_every_operator_and_the_whole_are_timed(tiny, training, tmp_path, c
 
 
 def test_time_above_the_floor_shows_where_it_is_spent(tiny, watch, monkeypatch):
-    """An attention that sleeps is slower by that time for each layer; no other operator is."""
+    """An attention that sleeps adds this time for each layer, and changes no other operator."""
     attention = F.attention
 
     def slow(*args, **options):
@@ -197,7 +197,7 @@ def test_time_above_the_floor_shows_where_it_is_spent(tiny, watch, monkeypatch):
         return attention(*args, **options)
 
     monkeypatch.setattr(F, "attention", slow)
-    monkeypatch.setattr(operator_times.timing, "SHORT", 0.0)  # what takes no time need not be repeated
+    monkeypatch.setattr(operator_times.timing, "SHORT", 0.0)  # no need to repeat short calls
     args = [RAGGED], torch.device("cpu"), torch.float32, False, operator_times.timing.QUICK
     rows = roofline.operators([RAGGED], torch.float32, False, CEILINGS)
     roofline.add_times(rows, operator_times.measure(*args))
@@ -206,7 +206,7 @@ def test_time_above_the_floor_shows_where_it_is_spent(tiny, watch, monkeypatch):
     assert max(measured, key=measured.get) == "attention"
 
 
-def test_elsewhere_there_are_floors_and_no_times(capsys, tmp_path):
+def test_for_another_device_there_are_floors_without_times(capsys, tmp_path):
     out = tmp_path / "r.json"
     assert roofline.main(["--workload", "large_512", "--device", "h200", "--training", "--json", str(out)]) == 0
     assert "not measured here" in capsys.readouterr().out
@@ -223,7 +223,7 @@ def test_ceilings_may_be_given(capsys):
     for wrong in (["--ceilings", "fast"], ["--device", "h300"], ["--workload", "tall"]):
         with pytest.raises(SystemExit):
             roofline.main(wrong)
-    with pytest.raises(SystemExit):  # no ceiling is known for it there
+    with pytest.raises(SystemExit):  # no ceiling is known for this device
         roofline.main(["--device", "h200", "--dtype", "float32"])
 
 
@@ -235,7 +235,7 @@ def result_row(operator: str, direction: str, seconds: list[float], tokens: int 
 
 
 def test_times_from_a_result_file(tiny, tmp_path):
-    """Cut to its tokens; a backward is what both take beyond the forward; no peers, no dropout."""
+    """Scaled to the file's tokens. The backward time is that of both directions less forward. No peers, no dropout."""
     rows = [
         result_row("attention", "forward", [0.1, 0.1, 0.3]),
         result_row("attention", "forward+backward", [0.5, 0.4, 0.3]),
@@ -269,7 +269,7 @@ def test_times_from_a_result_file(tiny, tmp_path):
         roofline.main(["--workload", "base_512", "--result", str(path)])
 
 
-def test_the_floors_of_a_result_files_device(tiny, tmp_path, capsys):
+def test_floors_for_the_device_of_a_result_file(tiny, tmp_path, capsys):
     path = tmp_path / "bench.json"
     path.write_text(json.dumps({"device": {"type": "cuda", "name": "Card"}, "ceilings": CEILINGS, "rows": []}))
     assert roofline.main(["--workload", "tiny_ragged", "--device", str(path)]) == 0

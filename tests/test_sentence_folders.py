@@ -1,6 +1,6 @@
-"""Folders of sentence-transformers: the vectors of that library itself, or a refusal that names what is not supported.
+"""Folders of sentence-transformers: the vectors of that library, or a refusal that names what is not supported.
 
-Folders of version 6.2 are written by the library; those of older versions from what these wrote, file by file.
+The library writes folders of version 6.2; folders of older versions are made file by file from what they wrote.
 """
 
 import json
@@ -95,7 +95,7 @@ def test_modules(bert, tmp_path, pipeline):
 
 @pytest.mark.once
 @pytest.mark.parametrize("asked_for", [True, False], ids=["hidden_states", "no_hidden_states"])
-def test_weighted_layers_count_only_where_the_config_asks_for_all_layers(bert, tmp_path, asked_for):
+def test_weighted_layers_need_a_config_that_asks_for_all_layers(bert, tmp_path, asked_for):
     first = transformer(bert, config_kwargs={"output_hidden_states": True} if asked_for else {})
     weighted = st.WeightedLayerPooling(WIDTH, LAYERS, layer_start=1)
     folder = save(tmp_path / "weighted", first, weighted, st.Pooling(WIDTH))
@@ -109,7 +109,7 @@ def test_weighted_layers_count_only_where_the_config_asks_for_all_layers(bert, t
 def test_prompts_that_the_pooling_leaves_out(bert, tmp_path, mode, prompt):
     first, pooling = transformer(bert), st.Pooling(WIDTH, mode, include_prompt=False)
     folder = save(tmp_path / "model", first, pooling, prompts={"query": prompt}, default_prompt_name="query")
-    texts = [*TEXTS, "s" * 3]  # "find" and "s" are two tokens of one word, "finds" and so on are none
+    texts = [*TEXTS, "s" * 3]  # "find" and "s" are two tokens of one word; "finds" and longer ones are unknown
     left_out = assert_same(folder, texts=texts)
     assert_same(folder, texts=texts, prompt="")
     assert_same(folder, texts=texts, prompt="the cat sat on the mat and the dog sat on the cat under a tree")
@@ -129,8 +129,8 @@ def test_poolings_by_the_triton_kernels(bert, tmp_path):
 
 
 @pytest.mark.once
-def test_a_prompt_longer_than_its_text_with_it(bert, tmp_path):
-    """ "finds" is one word that is not in the vocabulary, "find" with "##s" two tokens: nothing is left to pool."""
+def test_a_prompt_with_more_tokens_than_prompt_and_text(bert, tmp_path):
+    """ "finds" is one unknown word, but "find" with "##s" is two tokens: nothing remains for the pooling."""
     vocab = (bert / "vocab.txt").read_text(encoding="utf-8").replace("\nquery\n", "\nfindss\n")
     changed = shutil.copytree(bert, tmp_path / "bert")
     (changed / "vocab.txt").write_text(vocab, encoding="utf-8")
@@ -138,7 +138,7 @@ def test_a_prompt_longer_than_its_text_with_it(bert, tmp_path):
     texts = ["s", "the cat"]
     vectors = load(folder).encode(texts, prompt="finds")
     expected, _ = theirs(folder, texts=texts, prompt="finds")
-    assert torch.isneginf(expected).sum() == WIDTH  # the maximum of nothing
+    assert torch.isneginf(expected).sum() == WIDTH  # the maximum of no tokens
     torch.testing.assert_close(vectors, expected)
 
 
@@ -153,7 +153,7 @@ def routed(bert: Path, folder: Path, **options) -> Path:
 
 
 @pytest.mark.once
-def test_a_router_with_one_bert_behind_both_sides(bert, tmp_path):
+def test_a_router_with_one_bert_for_both_routes(bert, tmp_path):
     folder = routed(bert, tmp_path / "model", default_route="document")
     queries, documents = assert_same(folder, "encode_query"), assert_same(folder, "encode_document")
     assert not torch.allclose(queries, documents, atol=1e-3)
@@ -194,7 +194,7 @@ def test_which_route_a_task_takes(bert, tmp_path, options):
 
 
 @pytest.mark.once
-def test_two_berts_behind_a_router_are_refused(bert, tmp_path):
+def test_a_router_with_two_berts_is_refused(bert, tmp_path):
     sides = {side: [transformer(bert), st.Pooling(WIDTH)] for side in ("query", "document")}
     folder = save(tmp_path / "model", st.Router(sides))
     for reader in (
@@ -210,12 +210,12 @@ def test_two_berts_behind_a_router_are_refused(bert, tmp_path):
 
 @pytest.mark.once
 def test_a_router_is_converted_in_place(bert, tmp_path):
-    """The library's own vectors of what is written, on either side, and the same bits from it as from the source."""
+    """From the converted folder the library computes its own vectors, on both routes; ours are the source's bits."""
     folder = routed(bert, tmp_path / "model", default_route="document")
     convert(folder, tmp_path / "out", say=lambda line: None)
     for how in ("encode", "encode_query", "encode_document"):
         assert torch.equal(assert_same(tmp_path / "out", how), assert_same(folder, how))
-    # all but the README, and what transformers writes and nothing reads
+    # except for the README, and files that transformers writes and nothing reads
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     written = {
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
@@ -225,8 +225,8 @@ def test_a_router_is_converted_in_place(bert, tmp_path):
 
 
 @pytest.mark.once
-def test_a_bert_in_a_folder_of_its_own_is_found(bert, tmp_path):
-    """Behind a Router, and in 0_Transformer: its weights, its config and its tokenizer."""
+def test_a_bert_in_a_subfolder_is_found(bert, tmp_path):
+    """In a Router's folder, and in 0_Transformer: weights, config and tokenizer."""
     expected = BertModel.from_pretrained(bert).state_dict()
     words = Tokenizer.from_pretrained(bert).input_ids(TEXTS)
     for folder in (routed(bert, tmp_path / "router"), old_folder(bert, tmp_path / "old", "0_Transformer")):
@@ -238,8 +238,8 @@ def test_a_bert_in_a_folder_of_its_own_is_found(bert, tmp_path):
 
 
 @pytest.mark.once
-def test_a_router_in_itself_is_refused(bert, tmp_path):
-    """It would be read until Python's stack is full."""
+def test_a_router_that_contains_itself_is_refused(bert, tmp_path):
+    """Reading it would recurse without end."""
     folder = save(tmp_path / "model", transformer(bert), st.Pooling(WIDTH), st.Router({"text": [st.Dense(WIDTH, 8)]}))
     file = folder / "2_Router" / "router_config.json"
     router = json.loads(file.read_text())
@@ -282,7 +282,7 @@ def test_prompts_by_name(bert, tmp_path, prompts, how):
 
 
 def old_folder(bert: Path, folder: Path, inside: str = "", type_of: str = "sentence_transformers.models.{}") -> Path:
-    """As version 2.7 wrote it, and 5.2 but for the weights of Dense: BERT at the root or, older still, in a folder."""
+    """As version 2.7 wrote it, and 5.2 except for Dense's weights: BERT at the root, or in a folder, as before."""
     shutil.copytree(bert, folder / inside)
     (folder / inside / BERT_CONFIG).write_text('{"max_seq_length": 9, "do_lower_case": true}')
     (folder / LIBRARY_CONFIG).write_text('{"__version__": {"sentence_transformers": "2.7.0"}, "prompts": {}, '
@@ -327,14 +327,14 @@ def test_folders_of_version_2(bert, tmp_path, inside):
 
 
 @pytest.mark.once
-def test_a_reranker_gives_the_vectors_of_its_bert_without_its_prompts(saved):
+def test_encoder_of_a_reranker_gives_its_berts_vectors_without_prompts(saved):
     change(saved, LIBRARY_CONFIG, model_type="CrossEncoder", prompts={"rank": "find "}, default_prompt_name="rank")
     vectors = assert_same(saved)
     assert vectors.shape[1] == WIDTH
     assert SentenceConfig.from_folder(saved) == SentenceConfig()
 
 
-# ---- sentence-transformers' own object, accelerated ------------------------------------------------------
+# ---- sentence-transformers' own models, accelerated ------------------------------------------------------
 
 
 def routes_in_front(bert: Path) -> list:
@@ -370,7 +370,7 @@ def test_accelerated_models_give_their_own_vectors(bert, modules):
         torch.testing.assert_close(ours, theirs_, atol=1e-5, rtol=1e-4)
 
 
-# ---- what the caller wants otherwise ---------------------------------------------------------------------
+# ---- options of the caller -------------------------------------------------------------------------------
 
 
 @pytest.mark.once

@@ -1,4 +1,4 @@
-"""Settings in the files of a sentence-transformers' folder: honoured as that library does, or refused by name."""
+"""Settings in the files of a sentence-transformers folder: followed as that library does, or refused by name."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ HONOURED = {
 
 
 @pytest.mark.parametrize(("file", "settings"), HONOURED.values(), ids=HONOURED.keys())
-def test_settings_that_are_honoured(saved, file, settings):
+def test_settings_that_are_followed(saved, file, settings):
     if settings.get("pooling_mode_lasttoken"):
         shutil.rmtree(saved / "2_Dense")
         (saved / "modules.json").write_text(json.dumps(json.loads((saved / "modules.json").read_text())[:2]))
@@ -86,8 +86,8 @@ def test_outputs_of_bert(saved, name, keys, kept):
     assert_same(saved)
 
 
-def test_lower_casing_is_the_tokenizers_and_not_pythons(saved):
-    """A "Σ" at a word's end is "ς" to Python, and "[MASK]" in a text is a token before anything is lowered."""
+def test_lower_casing_is_done_by_the_tokenizer(saved):
+    """Python makes "ς" of a "Σ" at a word's end; and "[MASK]" in a text is found before lower-casing."""
     change(saved, BERT_CONFIG, do_lower_case=True)
     texts = ["ΣΣ CaT [MASK] THE", "İ", "CAT " * 200]
     assert_same(saved, texts=texts)
@@ -176,7 +176,7 @@ def test_types_that_are_refused_by_name(saved, name, error, message):
         Encoder.from_pretrained(saved)
 
 
-def test_what_else_a_list_of_modules_can_have(saved):
+def test_unknown_settings_in_a_list_of_modules_are_refused(saved):
     relist(saved, 2, kwargs=["task"])
     with pytest.raises(CheckpointError, match="the setting 'kwargs' of a module is not known"):
         Encoder.from_pretrained(saved)
@@ -198,7 +198,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("file", "settings", "message"), ROWS.values(), ids=ROWS.keys())
-def test_a_row_of_a_token_is_no_vector_of_a_text(saved, file, settings, message):
+def test_modules_that_give_no_vector_of_a_text_are_refused(saved, file, settings, message):
     change(saved, file, **settings)
     with pytest.raises(ValueError, match=message):
         load(saved)

@@ -1,4 +1,4 @@
-"""`fastbert serve` as a process: its sockets, its end, and clients that go away."""
+"""`fastbert serve` as a process: its sockets, its shutdown, and clients that disconnect."""
 
 import contextlib
 import json
@@ -19,20 +19,14 @@ from fastbert.cli.main import main
 from fastbert.cli.serve import spin_shortly
 from fastbert.service.serving import bound_to, serve
 from fastbert.service.settings import Settings
-from service_models import PATIENCE, Process, make_folder
+from service_models import PATIENCE, make_folder
 
+pytest_plugins = ("service_fixtures",)
 pytestmark = pytest.mark.once
 
 
-@pytest.fixture
-def server(tmp_path):
-    process = Process(f"texts={make_folder(tmp_path / 'texts', 'texts')}")
-    yield process
-    process.end()
-
-
 def everything(connection):
-    """All that the server sends until it closes, and each piece as it came."""
+    """All that the server sends until it closes the connection, in the pieces that arrived."""
     pieces = []
     while piece := connection.recv(1 << 20):
         pieces.append(piece)
@@ -59,15 +53,15 @@ def expect_own_vectors(server):
 
 
 def expect_answers_to_clients_that_still_send(server):
-    """An answer that comes before the whole body was sent: the connection was closed upon it at once, and the client's
-    system dropped the answer and told of a reset instead."""
+    """A server that answers before the whole body arrived and closes the connection at once makes the client's system
+    drop the answer and report a reset."""
     rest = b"x" * (1 << 20)
     for path, length, status in ((b"/embed", 24 << 20, b"413"), (b"/nowhere", 24 << 20, b"404"),
                                  (b"/embed", None, b"413")):  # fmt: skip
         framing = b"content-length: %d" % length if length else b"transfer-encoding: chunked"
         with contextlib.closing(socket.create_connection(("127.0.0.1", server.port), PATIENCE)) as connection:
             connection.sendall(b"POST %b HTTP/1.1\r\nhost: x\r\nconnection: close\r\n%b\r\n\r\n" % (path, framing))
-            for _ in range(6 if length else 23):  # more than the system keeps; and more than --payload-limit
+            for _ in range(6 if length else 23):  # more than the system buffers; then more than --payload-limit
                 connection.sendall(rest if length else b"%x\r\n%b\r\n" % (len(rest), rest))
             reply = b"".join(everything(connection))
         assert reply.startswith(b"HTTP/1.1 " + status)
@@ -75,8 +69,8 @@ def expect_answers_to_clients_that_still_send(server):
     assert server.ask("POST", "/embed", {"inputs": "a"})[0] == 200
 
 
-def expect_that_nobody_sends_without_end(server):
-    """At most a fixed number of bytes of a refused body is read and dropped."""
+def expect_an_end_to_refused_bodies(server):
+    """At most a fixed number of bytes of a refused body is read and discarded."""
     rest = b"x" * (1 << 20)
     with contextlib.closing(socket.create_connection(("127.0.0.1", server.port), PATIENCE)) as connection:
         connection.sendall(b"POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (1 << 40))
@@ -88,8 +82,8 @@ def expect_that_nobody_sends_without_end(server):
         assert 0 < sent < 100
 
 
-def test_a_servers_life(server):
-    """A reply comes in one piece; what clients leave behind is dropped; SIGTERM ends it after what it has accepted."""
+def test_a_server_from_start_to_end(server):
+    """A reply is one piece; requests of disconnected clients are dropped; SIGTERM ends it after the open requests."""
     with contextlib.closing(server.send({"inputs": ["a"]})) as connection:
         head, _, body = connection.recv(1 << 20).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200")
@@ -99,8 +93,8 @@ def test_a_servers_life(server):
 
     expect_own_vectors(server)
     expect_answers_to_clients_that_still_send(server)
-    expect_that_nobody_sends_without_end(server)
-    # Clients that go away in the middle: their tokens leave the queue long before they could be computed.
+    expect_an_end_to_refused_bodies(server)
+    # Clients disconnect in the middle: their tokens leave the queue long before they could be computed.
     long = {"inputs": ["a b c d e f g h " * 9] * 2000}
     for connection in [server.send(long) for _ in range(3)]:
         connection.close()
@@ -125,16 +119,16 @@ def test_a_servers_life(server):
         server.ask("GET", "/live")
 
 
-def test_what_goes_wrong_at_the_start_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+def test_errors_at_the_start_are_one_line(tmp_path, capsys, monkeypatch):
     resolve = socket.getaddrinfo
 
-    def nobody_knows_it(host, *args, **options):
+    def unknown(host, *args, **options):
         if host == "no.such.host":
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return resolve(host, *args, **options)
 
-    monkeypatch.setattr(socket, "getaddrinfo", nobody_knows_it)
-    monkeypatch.setenv("GOMP_SPINCOUNT", "as it was")  # the command must not change it for the tests after this one
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "as it was")  # restored after this test, if the command changes it
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as found:
         free = str(found.getsockname()[1])
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
@@ -156,7 +150,7 @@ def test_what_goes_wrong_at_the_start_is_said_in_one_line(tmp_path, capsys, monk
             assert said.count("\n") == 1
 
 
-def test_threads_of_operators_spin_shortly_unless_the_environment_says_otherwise():
+def test_threads_of_operators_spin_shortly_unless_the_environment_is_set():
     for given, wanted in (
         ({}, {"GOMP_SPINCOUNT": "1000"}), ({"GOMP_SPINCOUNT": "7"},) * 2, ({"OMP_WAIT_POLICY": "passive"},) * 2,
     ):  # fmt: skip
@@ -166,7 +160,7 @@ def test_threads_of_operators_spin_shortly_unless_the_environment_says_otherwise
 
 
 def test_addresses_of_a_host(monkeypatch):
-    """One that the machine does not have is left out, as localhost has one of IPv6 where that is turned off."""
+    """Addresses that the machine lacks are left out, such as localhost's IPv6 address where IPv6 is turned off."""
     absent = (socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("2001:db8::1", 0, 0, 0))
     there = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", 0))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: [absent, there])
@@ -178,8 +172,8 @@ def test_addresses_of_a_host(monkeypatch):
         bound_to("here", 0)
 
 
-def test_of_two_servers_that_start_together_one_listens():
-    """Both may bind the port as long as none listens."""
+def test_of_two_servers_that_start_together_only_one_listens():
+    """Both may bind the port while neither listens."""
     (first,) = bound_to("127.0.0.1", 0)
     port = first.getsockname()[1]
     (second,) = bound_to("127.0.0.1", port)

@@ -1,4 +1,4 @@
-"""What 17 current clients of embedding servers really send, each request answered with what its client needs."""
+"""Recorded requests of 17 current clients of embedding servers: each gets the answer that its client needs."""
 
 import base64
 import json
@@ -19,12 +19,12 @@ from service_models import CLASSES, Client, make_folder
 pytestmark = pytest.mark.once
 
 WIDTH = 32
-# A model's address answers what its model can; which model each of the hub's calls is for.
+# At a model's own address the model does its one task; this says which model a method of the hub's client needs.
 OF_CALL = {
     "text_classification": "feelings", "zero_shot": "feelings", "token_classification": "names",
     "question_answering": "answers", "fill_mask": "masks",
 }  # fmt: skip
-NOT_ANSWERED = {"empty list": 400}  # an OpenAI server refuses it; of no vectors its client would make an error, too
+NOT_ANSWERED = {"empty list": 400}  # an OpenAI server refuses it, and its client could not read an empty answer either
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def recorded(shared):
 
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory):
-    """A client of a server for each kind of model, in which that one is the first."""
+    """For each kind of model, a client of a server whose first model is of this kind."""
     settings = Settings(dtype="float32", device="cpu", impl="native")
     loaded = [load(kind, make_folder(tmp_path_factory.mktemp(kind), kind), settings) for kind in CLASSES]
     made = {}
@@ -54,7 +54,7 @@ def clients(tmp_path_factory):
 
 
 def whole(value):
-    """A body with what was cut out of it put back: '...(10 items)' and '...(9 chars)' stand for a whole of so many."""
+    """Restores what was cut from a body: '...(10 items)' and '...(9 chars)' stand for values of this length."""
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -135,7 +135,7 @@ def check_models(body, answer):
 
 
 def check_hub(call, body, answer):
-    """Requests to a model's address, by the name of the client's method."""
+    """Checks the answer at a model's address, by the name of the client's method."""
     if call.startswith("text_classification"):
         assert all({"label", "score"} <= set(item) for item in answer[0])
     elif call.startswith("zero_shot"):
@@ -172,7 +172,7 @@ def ask(clients, request, body):
     kind = next((kind for call, kind in OF_CALL.items() if request["call"].startswith(call)), "texts")
     if kind == "masks" and "targets" in (body.get("parameters") or {}):
         body["parameters"]["targets"] = ["x"]
-    if body.get("output_dimension") == 256:  # more than our small model has
+    if body.get("output_dimension") == 256:  # more dimensions than our small model has
         body["output_dimension"] = 8
     return clients[kind].ask(request["method"], request["path"], body, request["headers"])
 
@@ -183,7 +183,7 @@ def test_every_recorded_request_is_answered_as_its_client_needs(clients, recorde
     for request in recorded:
         body = whole(request["body"] or {})
         key = (request["path"], json.dumps(body)[:5000], request["call"].split()[0])
-        if key in seen:  # several clients send the same
+        if key in seen:  # several clients send the same request
             continue
         seen.add(key)
         reply = ask(clients, request, body)
@@ -203,8 +203,8 @@ def test_every_recorded_request_is_answered_as_its_client_needs(clients, recorde
     assert refused >= 4
 
 
-def test_every_recorded_request_is_told_of_overload_as_its_client_needs(clients, recorded):
-    """Openly: 429 or 503 with whole seconds to wait, fewer than 60; the error is where each client looks for it."""
+def test_every_recorded_request_gets_an_overload_error_for_its_client(clients, recorded):
+    """429 or 503 with a whole number of seconds below 60 to wait; the message is where each client looks for it."""
     client = clients["texts"]
     queue = client.application.state.service.queues["texts"]
     queue.announce(queue.bound)

@@ -1,20 +1,15 @@
-"""Ranks in the form of who asks for them, and vectors in Cohere's types."""
+"""Ranking, in the form of each API, and vectors in Cohere's types."""
 
 import numpy as np
 import pytest
 
 from service_models import close, logits_of
 
-pytest.importorskip("orjson", reason="needs the serve extra")
-pytest.importorskip("prometheus_client", reason="needs the serve extra")
-pytest.importorskip("starlette", reason="needs the serve extra")
-
-
 pytest_plugins = ("service_fixtures",)
 pytestmark = pytest.mark.once
 
 
-def test_rerank_has_the_form_of_who_asks(client, folders):
+def test_rerank_answers_in_the_form_of_the_callers_api(client, folders):
     documents = ["a", "b c d", "e"]
     raw = logits_of(folders["ranks"], "ranks", ["q"] * 3, documents)[:, 0]
     order = raw.argsort(descending=True).tolist()
@@ -30,11 +25,11 @@ def test_rerank_has_the_form_of_who_asks(client, folders):
         assert [item["index"] for item in found["results"]] == order[:2]
         assert close([item["relevance_score"] for item in found["results"]], raw.sigmoid()[order[:2]])
         assert found["results"][0]["document"] == {"text": documents[order[0]]}
-        assert found["usage"]["total_tokens"] == 17  # three pairs with 3 special tokens and a query each
+        assert found["usage"]["total_tokens"] == 17  # three pairs, each with 3 special tokens and a query
     assert client.post("/v2/rerank", {"query": "q", "documents": []}).json()["results"] == []
 
 
-def test_documents_are_cut_to_the_tokens_asked_for(client):
+def test_documents_are_cut_to_the_requested_tokens(client):
     body = {"query": "q", "documents": ["a b c d e f", "abc d", "e", "f g"]}
     short = client.post("/v2/rerank", {"query": "q", "documents": ["a b", "ab", "e", "f g"]})
     found = client.post("/v2/rerank", {**body, "max_tokens_per_doc": 2, "return_documents": True, "truncate": False})

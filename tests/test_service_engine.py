@@ -1,4 +1,4 @@
-"""The threads of a server: which requests fail together, what leaves the queue, what is computed at most once."""
+"""The threads of a server: which requests fail together, what leaves the queue, and what is computed at most once."""
 
 import asyncio
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.once
 
 
 class Doubler:
-    """A lane of numbers: a result is twice the number. It can be held back, and refuses a number that is bad."""
+    """A model that doubles numbers. It can be held back, and refuses a bad number."""
 
     def __init__(self):
         self.batches, self.began = [], threading.Event()
@@ -37,7 +37,7 @@ class Doubler:
 
 
 class Rig:
-    """An engine on the running loop, with one queue."""
+    """An engine with one queue on the running event loop."""
 
     def __init__(self, budget=100, bound=1000, **options):
         self.lane, self.queue = Doubler(), TokenQueue(budget, bound)
@@ -53,7 +53,7 @@ class Rig:
         return job
 
     async def blocked(self):
-        """The thread computes a first job and does not end; what comes now waits."""
+        """Makes the thread compute a first job without end, so that later jobs wait."""
         self.lane.open.clear()
         job = self.ask(0)
         await asyncio.to_thread(self.lane.began.wait, 30)
@@ -88,7 +88,7 @@ def test_every_request_gets_its_own_answers_in_its_order(workers):
     run(test)
 
 
-def test_what_waits_goes_together():
+def test_waiting_requests_are_computed_together():
     async def test():
         async with Rig(budget=100) as rig:
             first = await rig.blocked()
@@ -152,7 +152,7 @@ def test_an_overloaded_server_says_so_at_once():
             with pytest.raises(ServiceError) as error:
                 rig.ask(7, announced=51)
             assert error.value.kind == "too_large"
-            late = rig.ask(1, 2, 3, 4, 5, 6, announced=10)  # 60 tokens: known only when they are tokenised
+            late = rig.ask(1, 2, 3, 4, 5, 6, announced=10)  # 60 tokens, which is known only after tokenising
             with pytest.raises(ServiceError) as error:
                 await late.answer
             assert error.value.kind == "too_large"
@@ -161,7 +161,7 @@ def test_an_overloaded_server_says_so_at_once():
     run(test)
 
 
-def test_what_is_given_up_is_not_computed():
+def test_cancelled_requests_are_not_computed():
     async def test():
         async with Rig(budget=10) as rig:
             await rig.blocked()
@@ -177,7 +177,7 @@ def test_what_is_given_up_is_not_computed():
     run(test)
 
 
-def test_what_is_given_up_before_it_is_tokenised_is_not_computed():
+def test_requests_cancelled_before_they_are_tokenised_are_not_computed():
     async def test():
         async with Rig() as rig:
             await rig.blocked()
@@ -203,7 +203,7 @@ def test_what_is_given_up_before_it_is_tokenised_is_not_computed():
     run(test)
 
 
-def test_stopping_ends_what_was_taken_in():
+def test_stopping_finishes_accepted_requests():
     async def test():
         async with Rig(budget=10) as rig:
             await rig.blocked()
@@ -218,7 +218,7 @@ def test_stopping_ends_what_was_taken_in():
     run(test)
 
 
-def test_what_was_tokenised_meanwhile_wakes_a_thread_that_has_become_idle():
+def test_a_tokenised_request_wakes_an_idle_thread():
     async def test():
         async with Rig() as rig:
             entered, go = threading.Event(), threading.Event()
@@ -228,7 +228,7 @@ def test_what_was_tokenised_meanwhile_wakes_a_thread_that_has_become_idle():
                 assert go.wait(30)
                 return Prepared([Piece(rig.lane, 4, 10)], [10])
 
-            first = await rig.blocked()  # so that the thread for it tokenises
+            first = await rig.blocked()  # so that another thread tokenises
             job = Job(rig.queue, slow, 10)
             rig.engine.submit(job)
             await asyncio.to_thread(entered.wait, 30)
@@ -242,7 +242,7 @@ def test_what_was_tokenised_meanwhile_wakes_a_thread_that_has_become_idle():
     run(test)
 
 
-def test_stopping_waits_for_what_is_being_tokenised():
+def test_stopping_waits_for_requests_being_tokenised():
     async def test():
         async with Rig() as rig:
             entered, go = threading.Event(), threading.Event()
@@ -252,7 +252,7 @@ def test_stopping_waits_for_what_is_being_tokenised():
                 assert go.wait(30)
                 return Prepared([Piece(rig.lane, 4, 10)], [10])
 
-            await rig.blocked()  # so that the thread for it tokenises
+            await rig.blocked()  # so that another thread tokenises
             job = Job(rig.queue, slow, 10)
             rig.engine.submit(job)
             await asyncio.to_thread(entered.wait, 30)
@@ -268,8 +268,8 @@ def test_stopping_waits_for_what_is_being_tokenised():
     run(test)
 
 
-def test_the_thread_that_tokenises_ends_whoever_wakes_first():
-    """A job comes to an idle engine that is stopped before the model's thread wakes: the other one wakes alone."""
+def test_the_tokenising_thread_ends_if_it_wakes_first():
+    """An idle engine gets a job and is stopped before the model's thread wakes: the tokenising thread wakes alone."""
 
     async def test():
         async with Rig() as rig:
@@ -289,8 +289,8 @@ def test_the_thread_that_tokenises_ends_whoever_wakes_first():
     run(test)
 
 
-def test_a_fault_beside_the_computing_fails_its_batch_and_no_later_one():
-    """A thread that ended by it would leave every later request without an answer."""
+def test_an_error_outside_the_model_fails_only_its_batch():
+    """If it ended the thread, every later request would stay without an answer."""
 
     async def test():
         faults = [ZeroDivisionError("a secret of the machine")]
@@ -311,8 +311,8 @@ def test_a_fault_beside_the_computing_fails_its_batch_and_no_later_one():
     run(test)
 
 
-def test_threads_that_are_free_share_the_batches_of_one_request():
-    """Whoever takes a batch wakes the next thread while more wait, so that all of them compute at once."""
+def test_free_threads_share_the_batches_of_one_request():
+    """A thread that takes a batch wakes the next one while more batches wait, so that all compute at once."""
 
     async def test():
         async with Rig(budget=10, workers=3) as rig:
@@ -330,7 +330,7 @@ def test_threads_that_are_free_share_the_batches_of_one_request():
 
 def test_requests_to_an_idle_engine_are_computed_by_one_thread(monkeypatch):
     """Each thread that computes a batch alone has a team of OpenMP threads, and more teams than processors are slow.
-    Another thread ends its team after it has computed alone, and when nothing waits any more."""
+    Another thread ends its team after it computed alone, and when nothing waits."""
 
     async def test():
         async with Rig(budget=10, workers=3, threads=3) as rig:
@@ -380,7 +380,7 @@ def test_requests_to_an_idle_engine_are_computed_by_one_thread(monkeypatch):
 
 
 def test_a_request_whose_thread_found_a_batch_instead_is_tokenised_by_another_idle_thread():
-    """Otherwise it would wait until that batch is computed."""
+    """Otherwise the request would wait until that batch is computed."""
 
     async def test():
         async with Rig(workers=3) as rig:
@@ -389,7 +389,7 @@ def test_a_request_whose_thread_found_a_batch_instead_is_tokenised_by_another_id
             rig.lane.open.clear()
             first, second = rig.job(1, announced=0), rig.job(2, announced=0)
             rig.engine._preparing += 1
-            rig.engine._prepare(first)  # as the tokenising thread, which then looks for idle threads too late
+            rig.engine._prepare(first)  # as in the tokenising thread, which then looks for idle threads too late
             with rig.engine._lock:
                 rig.engine._unprepared.append(second)
                 rig.engine._wake_worker()
@@ -404,8 +404,8 @@ def test_a_request_whose_thread_found_a_batch_instead_is_tokenised_by_another_id
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
-def test_a_team_of_threads_is_ended():
-    """By the call, while its thread goes on; they would also end with that thread."""
+def test_a_call_ends_a_team_of_threads():
+    """While the calling thread goes on. (A team also ends with its thread.)"""
 
     def tasks():
         return set(os.listdir("/proc/self/task"))
@@ -428,7 +428,7 @@ def test_a_team_of_threads_is_ended():
     assert found == [(2, 0)]
 
 
-def test_no_client_is_told_to_wait_for_a_minute():
+def test_retry_after_is_below_a_minute():
     async def test():
         async with Rig(bound=50) as rig:
             await rig.blocked()

@@ -1,4 +1,4 @@
-"""Whatever JSON comes: an answer or an error in words, never a failure of the server's own, never a traceback."""
+"""Any JSON gets an answer or an error with a message, never an internal error, never a traceback."""
 
 import json
 
@@ -32,7 +32,7 @@ ANYTHING = st.recursive(
 
 
 def strategy(schema):
-    """JSON that a schema of the description allows: of the few of its words that the description uses."""
+    """JSON that a schema of the API description allows. Only the keywords that the description uses are supported."""
     if "anyOf" in schema:
         return st.one_of(*map(strategy, schema["anyOf"]))
     if "enum" in schema:
@@ -69,7 +69,7 @@ _OF_KIND = {
 
 
 def bodies(path):
-    """What the description allows; the same with one field of any other kind; anything."""
+    """Bodies that the description allows; the same with one field of another kind; anything."""
     properties, required = BODIES[path]
     right = _object({"properties": properties, "required": list(required)})
     wrong = st.builds(lambda body, name, value: {**body, name: value}, right, st.sampled_from([*properties]), ANYTHING)
@@ -108,8 +108,8 @@ def test_any_body(client, path):
     assert client.application.state.service.engine.tokens_waiting() == 0
 
 
-def test_the_description_is_whole(client):
-    """Every address is described, every way in which our own page and clients ask is among them."""
+def test_the_description_is_complete(client):
+    """It describes every address, and every request that our own page and clients make."""
     found = client.get("/openapi.json").json()
     assert found["openapi"].startswith("3.1")
     routes = {route.path.replace(":path", "") for route in client.application.routes if "POST" in route.methods}

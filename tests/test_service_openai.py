@@ -1,4 +1,4 @@
-"""The face of OpenAI, against what the model itself gives."""
+"""OpenAI's API, compared with what the model itself computes."""
 
 import base64
 
@@ -6,11 +6,6 @@ import numpy as np
 import pytest
 
 from service_models import TEXTS, close
-
-pytest.importorskip("orjson", reason="needs the serve extra")
-pytest.importorskip("prometheus_client", reason="needs the serve extra")
-pytest.importorskip("starlette", reason="needs the serve extra")
-
 
 pytest_plugins = ("service_fixtures",)
 pytestmark = pytest.mark.once
@@ -31,12 +26,12 @@ def test_vectors_are_the_encoders_in_both_encodings_and_in_order(client, encoder
     assert close(rows, wanted)
 
 
-def test_usage_counts_what_is_left_and_a_header_says_what_was_cut(client, encoder):
+def test_usage_counts_kept_tokens_and_a_header_tells_what_was_cut(client, encoder):
     reply = client.post("/v1/embeddings", {"input": TEXTS})
     kept = sum(map(len, encoder.tokenise(TEXTS)))
     assert reply.json()["usage"] == {"prompt_tokens": kept, "total_tokens": kept}
     assert reply.headers["x-truncated-texts"] == "1"
-    exact = client.post("/v1/embeddings", {"input": "a " * 62})  # 64 tokens, as many as the model takes
+    exact = client.post("/v1/embeddings", {"input": "a " * 62})  # 64 tokens, the model's limit
     assert exact.headers["x-truncated-texts"] == "0"
     assert exact.json()["usage"]["prompt_tokens"] == 64
     longer = client.post("/v1/embeddings", {"input": "a " * 63})
@@ -45,7 +40,7 @@ def test_usage_counts_what_is_left_and_a_header_says_what_was_cut(client, encode
     assert client.post("/v1/embeddings", {"input": "a " * 63, "truncate": False}).status == 413
 
 
-def test_dimensions_keep_the_length_of_one(client, encoder):
+def test_shortened_vectors_have_length_one(client, encoder):
     wanted = encoder.encode(["a b"]).numpy()[:, :8]
     wanted /= np.linalg.norm(wanted)
     for name in ("dimensions", "output_dimension"):
@@ -58,7 +53,7 @@ def test_dimensions_keep_the_length_of_one(client, encoder):
         assert client.post("/v1/embeddings", {"input": "a b", "dimensions": bad}).status == 400
 
 
-def test_ids_of_the_vocabulary_are_taken_and_those_of_others_refused(client, encoder):
+def test_ids_of_the_vocabulary_are_accepted_and_others_refused(client, encoder):
     wanted = encoder.encode(["a b", "c"]).numpy()
     inside = client.post("/v1/embeddings", {"input": [[5, 6], [7]]}).json()
     whole = client.post("/v1/embeddings", {"input": [[2, 5, 6, 3], [2, 7, 3]]}).json()
@@ -71,7 +66,7 @@ def test_ids_of_the_vocabulary_are_taken_and_those_of_others_refused(client, enc
     assert "check_embedding_ctx_length=False" in reply.json()["error"]["message"]
 
 
-def test_ids_are_cut_and_prompted_as_texts_are(client, encoder):
+def test_ids_are_cut_and_get_prompts_as_texts_do(client, encoder):
     text, ids = "a b " * 40 + "c d", [5, 6] * 40 + [7, 8]
     for more in ({}, {"truncation_direction": "Left"}, {"prompt_name": "query"},
                  {"prompt_name": "query", "truncation_direction": "left"}):  # fmt: skip
@@ -105,7 +100,7 @@ def test_openai_errors_are_nested(client, body, status, param):
     assert error["type"] == "invalid_request_error"
 
 
-def test_unknown_fields_and_names_of_models_are_taken(served):
+def test_unknown_fields_and_model_names_are_accepted(served):
     client = served("texts", "ranks")
     reply = client.post("/v1/embeddings", {"input": "a", "model": "text-embedding-3-small", "user": "u", "more": {}})
     assert reply.status == 200
@@ -114,6 +109,6 @@ def test_unknown_fields_and_names_of_models_are_taken(served):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"a"', b'{"input": "\\ud800"}', b"\xff"])
-def test_what_is_no_json_object_is_refused(client, content):
+def test_bodies_that_are_no_json_object_are_refused(client, content):
     for path in ("/v1/embeddings", "/embed", "/v1/rerank", "/"):
         assert client.post(path, content).status in (400, 422)

@@ -1,4 +1,4 @@
-"""Entities, answers and filled words, and a model's address as the hub's clients ask there."""
+"""Entities, answers and filled masks, and a model's own address as the hub's clients use it."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_filled_words(client, folders):
     assert client.post("/fill_mask", {"inputs": "a " * 99 + "[MASK]"}).status == 413
 
 
-def test_vectors_and_filled_words_share_a_trunk(client):
+def test_vectors_and_filled_words_share_one_encoder(client):
     model = client.service.models.by_name["masks"]
     trunk, filler = model.abilities["vectors"].encoder.model, model.abilities["masks"].filler.model
     assert filler.bert is trunk
@@ -70,7 +70,7 @@ def test_vectors_and_filled_words_share_a_trunk(client):
 
 
 def test_a_models_address_may_have_slashes(folders):
-    """As ids of the hub have them."""
+    """As the hub's ids have."""
     settings = Settings(**PLAIN)
     client = Client(application(Service(settings, Models([load("someones/texts", folders["texts"], settings)]))))
     try:
@@ -80,7 +80,7 @@ def test_a_models_address_may_have_slashes(folders):
         client.close()
 
 
-def test_a_models_address_answers_what_the_model_can(client):
+def test_a_models_address_does_the_models_task(client):
     for path, name in (("/", None), ("/v1", None), ("/models/texts", "texts")):
         assert np.shape(client.post(path, {"inputs": "a"}).json()) == (1, 32), name
     assert len(client.post("/models/feelings", {"inputs": "a", "parameters": {"top_k": 2}}).json()[0]) == 2

@@ -1,25 +1,18 @@
-"""The page of a server in a real browser. It needs Playwright and a Chromium, which FASTBERT_CHROMIUM may name."""
+"""The server's page in a real browser. Needs Playwright, and a Chromium, whose path FASTBERT_CHROMIUM may give."""
 
 import os
 
 import pytest
 
-from service_models import Process, make_folder
-
 pytest.importorskip("playwright", reason="needs a browser: pip install playwright; playwright install chromium")
 pytest.importorskip("orjson", reason="needs the serve extra")
 pytest.importorskip("prometheus_client", reason="needs the serve extra")
+pytest.importorskip("starlette", reason="needs the serve extra")
 pytest.importorskip("uvicorn", reason="needs the serve extra")
 from playwright.sync_api import Error, expect, sync_playwright
 
+pytest_plugins = ("service_fixtures",)
 pytestmark = pytest.mark.once
-
-
-@pytest.fixture
-def server(tmp_path):
-    process = Process(f"texts={make_folder(tmp_path / 'texts', 'texts')}")
-    yield process
-    process.end()
 
 
 def test_the_page_finds_neighbours_and_shows_the_load(server):
@@ -43,7 +36,7 @@ def test_the_page_finds_neighbours_and_shows_the_load(server):
         expect(rows).to_have_count(3)
         expect(rows.first).to_contain_text("a b c")
         expect(rows.first).to_contain_text("1.000")
-        expect(page.locator("#neighbours")).to_contain_text("<b>d</b>")  # shown as it is, not as a part of the page
+        expect(page.locator("#neighbours")).to_contain_text("<b>d</b>")  # shown as text, not as HTML
         expect(page.locator("#said")).to_contain_text("tokens in")
         page.wait_for_function("Number(document.getElementById('latency').textContent) > 0")
         assert errors == []

@@ -1,4 +1,4 @@
-"""The queue of a server's model: bounds in tokens, short requests before long ones, and long ones that never starve."""
+"""The queue of a model: limits in tokens, short requests before long ones, and long ones never wait forever."""
 
 import random
 
@@ -37,21 +37,21 @@ def test_a_piece_longer_than_a_batch_goes_alone():
     assert queue.next_batch() == []
 
 
-def test_short_requests_pass_long_ones_and_rooms_are_filled():
+def test_short_requests_overtake_long_ones_and_batches_are_filled():
     queue = TokenQueue(budget=100, bound=10_000)
     long = put(queue, *[20] * 50)
     queue.next_batch()
     short = put(queue, 25)
     batch = queue.next_batch()
     assert (short, 0) in batch
-    assert sum(request.lengths[number] for request, number in batch) == 85  # 25 and three of 20
+    assert sum(request.lengths[number] for request, number in batch) == 85  # one of 25 and three of 20
     assert [number for request, number in batch if request is long] == [5, 6, 7]
 
 
 @pytest.mark.parametrize("short", [25, 90])
 @pytest.mark.parametrize("length", [5, 25, 60, 100], ids=["within the share", "the share", "more", "a batch"])
 def test_long_requests_never_starve(length, short):
-    """Short requests come faster than they can be computed; of two long ones each piece is taken within the bound."""
+    """Short requests arrive faster than they are computed; still every piece of two long requests is taken in time."""
     budget = 100
     queue = TokenQueue(budget, bound=10**9)
     long = [put(queue, *[length] * 20) for _ in range(2)]
@@ -69,8 +69,8 @@ def test_long_requests_never_starve(length, short):
     assert seen == [(request, number) for request in long for number in range(20)]
 
 
-def test_long_requests_do_not_keep_out_a_text_that_fills_a_batch():
-    """What is left beside the share of long ones is never enough for it; they take turns."""
+def test_long_requests_do_not_starve_a_text_that_fills_a_batch():
+    """Beside the share of long requests there is never enough room for it; the two take turns."""
     queue = TokenQueue(budget=100, bound=10**9)
     put(queue, *[20] * 1000)
     texts = [put(queue, 90) for _ in range(10)]
@@ -84,11 +84,11 @@ def test_short_requests_keep_most_of_every_batch_while_long_ones_wait():
     for _ in range(400):
         put(queue, 25)
     of_long = sum(request is long for _ in range(100) for request, _ in queue.next_batch())
-    assert of_long == 100  # one in four
+    assert of_long == 100  # a quarter
 
 
 def test_credit_is_not_kept_for_a_later_request():
-    """Two pieces are taken while nothing else waits, so not by their credit; the next long request begins without."""
+    """Two pieces are taken because nothing else waits, not by their credit; the next long request starts without."""
     queue = TokenQueue(budget=100, bound=10**9)
     put(queue, 90, 90)
     assert len(queue.next_batch()) == len(queue.next_batch()) == 1
@@ -99,7 +99,7 @@ def test_credit_is_not_kept_for_a_later_request():
     assert [any(request is long for request, _ in batch) for batch in batches] == [False, False, False, True]
 
 
-def test_the_bound_holds_with_what_is_announced():
+def test_the_limit_includes_announced_tokens():
     queue = TokenQueue(budget=100, bound=300)
     queue.announce(200)
     put(queue, 100)
@@ -119,7 +119,7 @@ def test_the_bound_holds_with_what_is_announced():
     assert queue.tokens == 200
 
 
-def test_what_is_given_up_leaves_at_once():
+def test_cancelled_requests_leave_the_queue_at_once():
     queue = TokenQueue(budget=100, bound=10_000)
     long, short, other = put(queue, *[20] * 20), put(queue, 20), put(queue, 21)
     queue.next_batch()
@@ -128,7 +128,7 @@ def test_what_is_given_up_leaves_at_once():
     queue.remove(long)
     assert queue.tokens == waiting - left
     queue.remove(long)
-    queue.remove(short)  # it is in a batch already
+    queue.remove(short)  # it is already in a batch
     assert queue.tokens == waiting - left
     assert other.tokens == short.tokens == 0
     assert queue.next_batch() == []
@@ -136,7 +136,7 @@ def test_what_is_given_up_leaves_at_once():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_events_keeps_the_counts(seed):
-    """Every piece is taken once or given up; tokens are counted to the last one."""
+    """Every piece is taken once or cancelled, and the tokens are counted exactly."""
     draw = random.Random(seed)
     queue = TokenQueue(budget=64, bound=2000)
     waiting, given_up, taken = [], [], set()

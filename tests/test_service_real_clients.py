@@ -1,4 +1,4 @@
-"""Real clients against a server of all-MiniLM-L6-v2, with sentence-transformers' numbers. Each needs its package:
+"""Real clients with a server of all-MiniLM-L6-v2, compared with sentence-transformers. Each needs its package:
 
 pip install openai langchain-openai cohere
 """
@@ -49,7 +49,7 @@ def test_openai(server, wanted):
     for encoding in ({}, {"encoding_format": "float"}, {"encoding_format": "base64"}):
         reply = client.embeddings.create(model="minilm", input=TEXTS, **encoding)
         rows = [item.embedding for item in reply.data]
-        if encoding.get("encoding_format") == "base64":  # who asks for it by name gets it as it is
+        if encoding.get("encoding_format") == "base64":  # a client that asks for base64 by name gets the string itself
             rows = [np.frombuffer(base64.b64decode(r), "<f4") if isinstance(r, str) else r for r in rows]
         assert close(rows, wanted)
     short = client.embeddings.create(model="minilm", input=TEXTS[0], dimensions=32).data[0].embedding

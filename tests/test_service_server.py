@@ -1,4 +1,4 @@
-"""What is the same for all faces: readiness, counts, limits, the key, late and lost clients, large answers."""
+"""What all APIs share: readiness, counters, limits, the key, late and lost clients, large answers."""
 
 import asyncio
 import threading
@@ -23,8 +23,8 @@ pytest_plugins = ("service_fixtures",)
 pytestmark = pytest.mark.once
 
 
-def test_a_large_answer_is_made_in_parts():
-    """The same JSON as at once; none of the parts is long, however unequal the rows are."""
+def test_a_large_answer_is_written_in_parts():
+    """The JSON is the same, and no part is long, however unequal the rows are."""
     numbers = np.random.default_rng(0).standard_normal((3000, 32)).astype(np.float32)
     tokens = [numbers[:1]] * 200 + [numbers, numbers[:5], numbers[:0]] + [numbers[:2]] * 300
     for answer in (
@@ -77,14 +77,14 @@ def test_limits(served):
     reply = client.post("/embed", {"inputs": "a b c d", "truncate": True})
     assert reply.headers["x-compute-tokens"] == "5"
     assert "--max-queue-tokens" in client.post("/embed", {"inputs": ["a b c"] * 3}).json()["error"]
-    client.service.open = 1  # as while another request is on its way
+    client.service.open = 1  # as if another request were open
     reply = client.post("/embed", {"inputs": "a"})
     client.service.open = 0
     assert (reply.status, reply.headers["retry-after"]) == (429, "1")
 
 
-def test_only_a_long_body_that_was_not_read_costs_the_connection(served):
-    """A client that is told so stops sending; one that had sent all keeps its connection."""
+def test_only_a_long_unread_body_closes_the_connection(served):
+    """The client then stops sending. A client that has sent everything keeps its connection."""
     client = served("texts", payload_limit=100_000, api_key="right")
     for key, length, is_closed in (
         ("right", {"content-length": "100001"}, True), ("wrong", {"content-length": "65537"}, True),
@@ -109,7 +109,7 @@ def test_the_key(served):
     assert client.get("/info").status == 401
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(served):
+def test_a_body_that_does_not_arrive_times_out(served):
     client = served("texts")
     reply = client.start("POST", "/embed", b'{"inp', {"x-timeout-seconds": "0.05"}, more=True).result(30)
     assert reply.status == 504
@@ -117,7 +117,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(served):
     assert client.service.open == 0
 
 
-def test_a_request_that_is_late_is_told_so_and_leaves_the_queue(served):
+def test_a_late_request_gets_an_error_and_leaves_the_queue(served):
     client = served("texts")
     lane = client.service.models.served[0].abilities["vectors"]._plain
     engine, queue = client.service.engine, client.service.queues["texts"]
@@ -136,7 +136,7 @@ def test_a_request_that_is_late_is_told_so_and_leaves_the_queue(served):
         reply = client.post("/embed", {"inputs": "a b"}, {"x-timeout-seconds": "0.05"})
         assert reply.status == 504
         until = time.monotonic() + 60
-        while queue.tokens:  # what is being tokenised leaves when that is done
+        while queue.tokens:  # a request that is being tokenised leaves after that
             assert time.monotonic() < until
         event = asyncio.Event()
         second = client.start("POST", "/embed", {"inputs": "a b"}, gone=event)
@@ -160,7 +160,7 @@ def test_batch_invariance_gives_the_same_bits_alone_and_together(served):
         assert [client.post("/embed", {"inputs": text}).json()[0] for text in TEXTS] == together
 
 
-def test_cors_is_off_unless_asked_for(served):
+def test_cors_is_off_by_default(served):
     origin = {"origin": "http://page.test"}
     assert "access-control-allow-origin" not in served("texts").post("/embed", {"inputs": "a"}, origin).headers
     client = served("texts", cors_allow_origin=("http://page.test",))
@@ -169,11 +169,11 @@ def test_cors_is_off_unless_asked_for(served):
 
 
 def test_servers_of_the_same_models_answer_their_own_requests(served, monkeypatch):
-    """The threads of one that has just answered would take what waits for another one, if they shared a queue; and
-    would answer it on an event loop that nothing wakes: one recorded request in thousands was never answered."""
+    """If two servers shared a queue, the threads of one that has just answered would take the other's requests, and
+    answer on an event loop that nothing wakes: one recorded request in thousands got no answer."""
     answer, prepare = Engine._answer, Engine._prepare
 
-    def answers_late(self, over):  # the thread looks for a batch when the next request waits at the other server
+    def answers_late(self, over):  # the thread looks for a batch while the next request waits at the other server
         answer(self, over)
         time.sleep(0.02)
 
@@ -216,7 +216,7 @@ def test_settings_from_flags_and_the_environment(tmp_path):
         Settings.read({"prometheus_port": 8080}, {})
 
 
-def test_nothing_of_a_text_is_logged(served, caplog):
+def test_texts_are_not_logged(served, caplog):
     client = served("texts")
     with caplog.at_level("DEBUG"):
         client.post("/embed", {"inputs": "secretword " * 200, "prompt_name": "secretword"})

@@ -1,11 +1,8 @@
-"""The face of text-embeddings-inference, against what the models themselves give."""
+"""The API of text-embeddings-inference, compared with what the models themselves compute."""
 
 import numpy as np
 import pytest
 
-pytest.importorskip("orjson", reason="needs the serve extra")
-pytest.importorskip("prometheus_client", reason="needs the serve extra")
-pytest.importorskip("starlette", reason="needs the serve extra")
 from fastbert import Encoder
 from service_models import LABELS, PLAIN, close, logits_of
 
@@ -87,8 +84,8 @@ def test_tokenize_stops_at_the_limit(client):
     assert client.post("/tokenize", {"inputs": long, "truncate": False}).status == 413
 
 
-def test_answers_have_a_bound(client, monkeypatch):
-    """One request could ask for more than the memory holds."""
+def test_the_size_of_answers_is_limited(client, monkeypatch):
+    """Otherwise one request could need more than the machine's memory."""
     monkeypatch.setattr("fastbert.service.work.vectors.MOST_NUMBERS", 7 * 32)
     assert client.post("/embed_all", {"inputs": ["a b", "c"]}).status == 200
     assert client.post("/embed_all", {"inputs": ["a b", "c d"]}).status == 413

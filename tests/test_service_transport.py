@@ -1,4 +1,4 @@
-"""The transport: a reply in one write, and what becomes of a connection whose request was not read to its end."""
+"""The transport: a reply is one write, and a connection ends properly although its request was not read to the end."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ REFUSED = b"POST /refuse HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n"
 
 
 async def replies(scope, receive, send):
-    """Refuses a body without reading it, or replies after reading it, in three parts if the address is /parts."""
+    """Refuses a body without reading it, or replies after reading it; in three parts if the address is /parts."""
     refuses = scope["path"] == "/refuse"
     if not refuses:
         while (await receive()).get("more_body"):
@@ -48,8 +48,8 @@ class Recorder:
 
 
 class Server:
-    """uvicorn's protocol on a socket, with `replies` as its application. state: of uvicorn, with its open connections.
-    written: all that was written, in pieces as it was. made: the protocols of all connections."""
+    """uvicorn's protocol on a socket, with `replies` as its application. state: uvicorn's, with its open connections.
+    written: everything written, in its pieces. made: the protocols of all connections."""
 
     async def __aenter__(self):
         config = uvicorn.Config(replies, log_config=None, access_log=False)
@@ -96,8 +96,8 @@ def test_every_reply_begins_with_one_write_and_leaves_the_connection_open():
     run(test)
 
 
-def test_a_connection_is_closed_at_once_when_its_request_was_read():
-    """The client keeps its side open, and would hold the connection until the end of the pause otherwise."""
+def test_a_connection_whose_request_was_read_is_closed_at_once():
+    """Otherwise the client, which keeps its side open, would hold the connection until the end of the pause."""
 
     async def test():
         async with Server() as server:
@@ -114,8 +114,8 @@ def test_a_connection_is_closed_at_once_when_its_request_was_read():
 
 @pytest.mark.parametrize("bound", ["seconds", "bytes"])
 def test_the_rest_of_a_refused_request_is_read_within_bounds(bound, monkeypatch):
-    """The reply ends, and the client may send on; then its silence, or too much from it, ends the connection. uvicorn
-    is told of that: when it stops, it waits for open connections."""
+    """After the reply the client may go on sending; its silence, or too much data, then ends the connection. uvicorn
+    must know, because on shutdown it waits for open connections."""
     monkeypatch.setattr(transport, "LINGER_SECONDS", 0.05 if bound == "seconds" else 10 * PATIENCE)
     monkeypatch.setattr(transport, "LINGER_BYTES", 50_000)
 
@@ -128,7 +128,7 @@ def test_the_rest_of_a_refused_request_is_read_within_bounds(bound, monkeypatch)
             assert reply.endswith(b"\r\n\r\nanswer")
             assert len(server.written) == 1
             (made,) = server.made
-            assert made.timeout_keep_alive_task is None  # uvicorn takes the connection for closed
+            assert made.timeout_keep_alive_task is None  # for uvicorn the connection is closed
             writer.write(b"x" * 50_000)
             await writer.drain()
             if bound == "bytes":
@@ -144,7 +144,7 @@ def test_the_rest_of_a_refused_request_is_read_within_bounds(bound, monkeypatch)
 
 
 class Transport:
-    """What was written to it, and whether it was closed."""
+    """Records what is written to it, and whether it was closed."""
 
     def __init__(self):
         self.written, self.closed = [], False
@@ -160,7 +160,7 @@ class Transport:
 
 
 class Loop:
-    """A loop whose next turn comes when the test says so."""
+    """An event loop whose next turn the test starts."""
 
     def __init__(self):
         self.waiting = []
@@ -174,8 +174,8 @@ class Loop:
         self.waiting = []
 
 
-def test_one_write():
-    """The head waits for the body; an early end does not lose it; what is no head passes."""
+def test_head_and_body_are_one_write():
+    """The head waits for the body. An early end loses nothing. Other data is written at once."""
     transport, loop = Transport(), Loop()
     one = OneWrite(transport, loop, SimpleNamespace(cycle=None))
     one.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -191,7 +191,7 @@ def test_one_write():
 
 
 def test_a_head_without_a_body_is_sent():
-    """httptools' protocol writes nothing after the head of an answer to HEAD."""
+    """httptools' protocol writes only the head of an answer to HEAD."""
     transport, loop = Transport(), Loop()
     one = OneWrite(transport, loop, SimpleNamespace(cycle=None))
     one.write(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -202,8 +202,8 @@ def test_a_head_without_a_body_is_sent():
     assert transport.written == [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 404 Not Found\r\n\r\nbody"]
 
 
-def test_a_client_that_has_reset_its_connection_is_no_error():
-    """The transport closes before it is told of the reset: the system then refuses to end the sending half."""
+def test_a_reset_by_the_client_is_no_error():
+    """The transport closes before it learns of the reset, and then the system refuses to end the sending half."""
 
     class Half(asyncio.Protocol):
         cycle = SimpleNamespace(response_complete=True, more_body=True)

@@ -1,4 +1,4 @@
-"""A snapshot of objects and dictionaries, compared in C++ and in Python: each kind of change is noticed by both."""
+"""Snapshots of objects and dictionaries, compared in C++ and in Python: both notice each kind of change."""
 
 import pytest
 
@@ -20,7 +20,7 @@ class Derived(Base):
 
 
 class Things:
-    """What is looked at, and the snapshot of it. Many dictionaries: C++ asks for them some way ahead."""
+    """Objects and their snapshot. There are many dictionaries, because the C++ prefetches some of them ahead."""
 
     def __init__(self, extra: dict | None = None):
         self.above = type("Above", (Base,), {"inherited": lambda self: 0})
@@ -53,7 +53,7 @@ def other_value(things):
 
 
 def equal_value(things):
-    """An equal object need not behave the same, unless it is a number."""
+    """An equal object may behave differently, unless it is a number."""
     things.last.scale = float("0.5")
 
 
@@ -123,7 +123,7 @@ def first_child(things):
 
 
 def child_of_another(things):
-    """The same children in the same order, but for whose they are."""
+    """The same children in the same order, but owned by other objects."""
     first, last = things.objects[0].children, things.last.children
     first["query"] = last.pop("query")
 
@@ -135,7 +135,7 @@ CHANGES = [
     children_under_each_others_names, one_child_more, one_child_less, no_child, first_child, child_of_another,
 ]  # fmt: skip
 IN_CPP = pytest.param(
-    Snapshot.is_same,  # takes C++ where it is
+    Snapshot.is_same,  # uses the C++ if it exists
     id="cpp",
     marks=pytest.mark.skipif(find_same_objects() is None, reason="the C++ is not there, or has no Python headers"),
 )
@@ -155,7 +155,7 @@ def test_a_change_is_noticed(change, is_same):
     assert not is_same(things.snapshot), "the second look finds what the first one found"
 
 
-def test_what_was_not_asked_for_may_change(is_same):
+def test_what_is_not_part_of_the_snapshot_may_change(is_same):
     things = Things()
     for thing in things.objects:
         thing.calls = 1
@@ -167,7 +167,7 @@ def test_what_was_not_asked_for_may_change(is_same):
     assert not is_same(things.snapshot)
 
 
-def test_what_is_undone_is_no_change(is_same):
+def test_an_undone_change_is_no_change(is_same):
     things = Things()
     for table, key in ((vars(things.last), "scale"), (things.last.children, "key")):
         before = table[key]
@@ -183,7 +183,7 @@ def test_what_is_undone_is_no_change(is_same):
 
 
 def test_writes_by_pythons_shortcuts_are_noticed(is_same):
-    """A line that has run a few times writes past a dictionary's functions; C++ goes by a version of it."""
+    """A line that has run a few times writes to a dictionary directly; the C++ compares a version that this changes."""
     things = Things()
     kept, children = things.last.scale, things.last.children
     for round in range(100):
@@ -196,8 +196,8 @@ def test_writes_by_pythons_shortcuts_are_noticed(is_same):
         assert is_same(things.snapshot)
 
 
-def test_no_address_is_given_to_another_object_meanwhile(is_same):
-    """Addresses are compared, so whatever was at one must live as long as the snapshot."""
+def test_objects_of_a_snapshot_keep_their_addresses(is_same):
+    """Addresses are compared, so an object must live as long as the snapshot, or another could get its address."""
     things = Things()
     for _ in range(100):
         things.last.children["value"] = None
@@ -207,7 +207,7 @@ def test_no_address_is_given_to_another_object_meanwhile(is_same):
 
 
 def test_dictionaries_of_other_classes(is_same):
-    """torch keeps hooks in an OrderedDict, of which a hook put in front changes the order."""
+    """torch keeps hooks in an OrderedDict. A hook put in front changes its order."""
     from collections import OrderedDict
 
     table = OrderedDict(a=1, b=2, c=3)

@@ -1,8 +1,8 @@
 """Every operator accepts tensors of any layout: strided, offset, expanded; and ids in 32 bits.
 
-Kernels read lists (lengths, ids, labels, names, slopes) and vectors (weights, biases) one element after another.
-`cu_seqlens`, `alibi_slopes` and the vectors of LayerNorm were once handed over whatever their strides: x[::2] was read
-as x[:n // 2] with what lies between, and an expanded tensor past its end.
+Kernels read lists (lengths, ids, labels, names, slopes) and vectors (weights, biases) element by element. `cu_seqlens`,
+`alibi_slopes` and LayerNorm's vectors used to be passed without regard to strides: x[::2] was read as x[:n // 2] with
+the elements between, and an expanded tensor past its end.
 """
 
 import functools
@@ -39,7 +39,7 @@ ATTENTION = {
 }  # fmt: skip
 NORM = {"x_bias": True, "dropout_p": 0.2, "row_ids": names(ROWS)}
 
-# operator and form -> its inputs, with everything that it can be given
+# operator and form -> its inputs, with all optional ones
 CASES = {
     "attention": lambda: testing.attention_inputs(MODEL, LENGTHS, lengths_k=[9, 16, 3, 0], **ATTENTION),
     "attention,plain": lambda: testing.attention_inputs(
@@ -65,11 +65,11 @@ CASES = {
 }
 
 
-# ---- ways to lie in memory -------------------------------------------------------------------------------
+# ---- memory layouts --------------------------------------------------------------------------------------
 
 
 def between(t: torch.Tensor) -> float | int:
-    """What lies between the elements of a strided tensor: a value whose reading shows, and does no harm."""
+    """A value for the elements between those of a strided tensor: reading it changes results, but does no harm."""
     return float("nan") if t.is_floating_point() else 7 if t.dtype != torch.bool else True
 
 
@@ -78,13 +78,13 @@ def every_other(t: torch.Tensor) -> torch.Tensor:
 
 
 def offset(t: torch.Tensor) -> torch.Tensor:
-    """Three elements into a wider tensor: at no multiple of 16 bytes, and its rows further apart."""
+    """Three elements into a wider tensor: not at a multiple of 16 bytes, and with a larger row stride."""
     around = torch.full((*t.shape[:-1], 3), between(t), dtype=t.dtype)
     return torch.cat((around, t, around), dim=-1)[..., 3:-3]
 
 
 def expanded(t: torch.Tensor) -> torch.Tensor:
-    """One element for all: stride 0 in the last dimension."""
+    """The same element everywhere: stride 0 in the last dimension."""
     return t[..., :1].expand(t.shape)
 
 
@@ -92,14 +92,14 @@ VIEWS = {"every_other": every_other, "offset": offset, "expanded": expanded}
 
 
 def on_all(f, value):
-    """f of every tensor among the inputs that has a dimension."""
+    """Applies f to every tensor among the inputs that has a dimension."""
     if isinstance(value, tuple):
         return tuple(on_all(f, v) for v in value)
     return f(value) if isinstance(value, torch.Tensor) and value.numel() > 1 else value
 
 
 def results(op: str, inputs: dict, device: str, impl: str) -> list[torch.Tensor]:
-    """Outputs, and gradients of all inputs that have some, under one upstream gradient."""
+    """Outputs and all gradients, for one upstream gradient."""
     inputs = {k: on_all(lambda t: t.to(device), v) for k, v in inputs.items()}
     wants = [
         k
@@ -117,14 +117,14 @@ def results(op: str, inputs: dict, device: str, impl: str) -> list[torch.Tensor]
 
 
 def one_row(t: torch.Tensor) -> torch.Tensor:
-    """One row for all: stride 0 in the first dimension."""
+    """The same row everywhere: stride 0 in the first dimension."""
     return t[:1].expand(t.shape)
 
 
 def with_view(view, inputs: dict) -> dict:
-    # starts of sequences cannot all be one number
+    # starts of sequences cannot all be equal
     fixed = [k for k in inputs if k.startswith("cu_seqlens")] if view is expanded else []
-    # LayerNorm of a sum whose elements are all one number is that of rounding alone
+    # LayerNorm of equal elements is only rounding
     if view is expanded and "word" in inputs:
         view = one_row
     return {k: v if k in fixed else on_all(view, v) for k, v in inputs.items()}
@@ -132,7 +132,7 @@ def with_view(view, inputs: dict) -> dict:
 
 @functools.cache
 def of_contiguous(case: str, is_expanded: bool, impl: str, device: str) -> list[torch.Tensor]:
-    """Results of the same numbers in contiguous tensors."""
+    """The results for contiguous copies of the same tensors."""
     inputs = with_view(expanded, CASES[case]()) if is_expanded else CASES[case]()
     return results(
         case.split(",")[0], {k: on_all(lambda t: t.contiguous(), v) for k, v in inputs.items()}, device, impl
@@ -142,7 +142,7 @@ def of_contiguous(case: str, is_expanded: bool, impl: str, device: str) -> list[
 @pytest.mark.parametrize("impl", ["triton", "native"])
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("case", CASES)
-def test_tensors_as_they_lie(case, view, impl, device):
+def test_tensors_of_any_layout(case, view, impl, device):
     strided = with_view(VIEWS[view], CASES[case]())
     ours = results(case.split(",")[0], strided, device, impl)
     expected = of_contiguous(case, view == "expanded", impl, device)
@@ -153,7 +153,7 @@ def test_tensors_as_they_lie(case, view, impl, device):
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_biases_in_our_own_product(view, device):
-    """Within `batch_invariant()` all products are ours, with their biases."""
+    """Within `batch_invariant()` our kernel computes all products, with their biases."""
     inputs = {k: v for k, v in testing.feed_forward_inputs(MODEL, LENGTHS).items() if k != "activation"}
     strided = {k: on_all(VIEWS[view], v) for k, v in inputs.items()}
     contiguous = {k: v.contiguous() for k, v in strided.items()}
@@ -165,8 +165,8 @@ def test_biases_in_our_own_product(view, device):
 
 # ---- names -----------------------------------------------------------------------------------------------
 
-# form -> inputs with names; of attention one form for each kernel that draws: of sequences up to 64 tokens, up to 128
-# and longer, plain; and with what the kernels for any scores take
+# form -> inputs with names. Attention has a form for each kernel that draws masks: for sequences of up to 64 tokens, up
+# to 128 and more, without options; and one with the options that only the general kernels support.
 NAMED = {
     "attention,plain": lambda ids: testing.attention_inputs(MODEL, [5, 66, 130], dropout_p=0.3, sequence_ids=ids),
     "attention,any": lambda ids: testing.attention_inputs(
@@ -183,8 +183,8 @@ NAMED = {
 @pytest.mark.parametrize("impl", ["triton", "native", "reference"])
 @pytest.mark.parametrize("case", NAMED)
 def test_names_of_32_bits(case, impl, device):
-    """The same bits as with int64. A sequence's name moves up by 32 bits, which one of 32 bits did not survive: all
-    sequences drew the mask of sequence 0."""
+    """The bits are those of int64. A name is shifted by 32 bits, which made 32-bit names zero: all sequences drew the
+    mask of sequence 0."""
     ids = torch.tensor([77, 2**31 - 1, 5])
     op = case.split(",")[0]
     wide, narrow, others = (results(op, NAMED[case](i), device, impl) for i in (ids, ids.to(torch.int32), ids * 0))
@@ -194,7 +194,7 @@ def test_names_of_32_bits(case, impl, device):
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_streams_beyond_32_bits_of_heads(impl, device):
-    """Head h of stream s draws by s * 2^16 + h: of 2^15 streams and more that needs 64 bits."""
+    """Head h of stream s draws by s * 2^16 + h, which needs 64 bits from 2^15 streams on."""
     drawn = [
         results("attention", testing.attention_inputs(MODEL, [5, 70], dropout_p=0.3) | {"stream": stream}, device, i)[0]
         for stream, i in ((2**16, impl), (2**16, "native"), (0, impl))
@@ -203,7 +203,7 @@ def test_streams_beyond_32_bits_of_heads(impl, device):
     assert not torch.allclose(drawn[0], drawn[2])
 
 
-# ---- what cannot be read ---------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------
 
 
 def test_lists_of_another_length_are_refused(device):

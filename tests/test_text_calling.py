@@ -1,4 +1,4 @@
-"""Calls of the tokenizers library that take long."""
+"""Long calls of the tokenizers library."""
 
 import contextlib
 import gc
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.once
 
 
 @pytest.mark.parametrize("inputs", [["c" * calling.LONG_CALL, "d"], [("c" * calling.LONG_CALL, "d")]])
-def test_a_signal_is_heard_while_a_long_text_is_tokenised(inputs):
-    """The library tokenises a text in one call: one word of 200 MB kept SIGTERM and Ctrl-C waiting for a minute.
+def test_signals_interrupt_the_tokenising_of_a_long_text(inputs):
+    """The library tokenises a text in one call: with one word of 200 MB, SIGTERM and Ctrl-C had no effect for a minute.
 
-    A run of the tests in the background inherits SIGINT as ignored, so the test sets Python's handler.
+    Tests in the background inherit an ignored SIGINT, so this test sets Python's handler.
     """
     over = threading.Event()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,8 +37,8 @@ def test_a_signal_is_heard_while_a_long_text_is_tokenised(inputs):
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_long_call_gives_what_a_short_one_gives(monkeypatch):
-    """The result, and the library's errors in our words."""
+def test_a_long_call_has_the_results_of_a_short_one(monkeypatch):
+    """The same result, and the library's errors in our words."""
     tokenizer = Tokenizer.from_words(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"], lowercase=True)
     short = tokenizer.input_ids(["a b a"])
     monkeypatch.setattr(calling, "LONG_CALL", 0)
@@ -48,8 +48,8 @@ def test_a_long_call_gives_what_a_short_one_gives(monkeypatch):
         tokenizer.input_ids(["a", "a\ud800"])
 
 
-def test_an_error_keeps_no_texts(monkeypatch):
-    """The error held the frames that held the future that held the error, and with them the long texts."""
+def test_an_error_does_not_keep_texts_in_memory(monkeypatch):
+    """The error referred to frames, these to the future and that to the error, so the long texts stayed in memory."""
 
     class Texts(list):
         pass

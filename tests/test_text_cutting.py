@@ -1,4 +1,4 @@
-"""A long text is cut before it is tokenised, and no token, offset or word can tell."""
+"""A long text is cut before it is tokenised, and this changes no token, offset or word."""
 
 import os
 import random
@@ -12,11 +12,11 @@ from fastbert.text.tokenizer import Tokenizer as OurTokenizer
 
 pytestmark = pytest.mark.once
 
-# Strings of the property test. A hundred thousand take some minutes: FASTBERT_CUT_STRINGS=100000.
+# Number of strings in the property test. 100,000 take some minutes: FASTBERT_CUT_STRINGS=100000.
 STRINGS = int(os.environ.get("FASTBERT_CUT_STRINGS", "4000"))
 
 LETTERS = list("abcdefgxyzABCXYZ0189")
-# each a kind of trouble at a cut: marks, joiners, what vanishes, spaces of all sorts, what decomposes or grows, scripts
+# each is difficult at a cut: marks, joiners, what is removed, all kinds of spaces, what decomposes or grows, scripts
 NASTY = [
     "\u0301", "\u0327", "\u20dd", "\u200d", "\u200c", "\u200b", "\ufe0f", "\u00ad", "\x00", "\x01", "\x7f", "\ufffd",
     "\ufeff", " ", "\t", "\n", "\r", "\u00a0", "\u2003", "\u3000", "\u2028", "\x85", "\x1c", "\x0b",
@@ -96,8 +96,8 @@ def told(tokenizer: OurTokenizer, *args, **options):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_no_token_can_tell(name, monkeypatch):
-    """Random strings of nasty alphabets beside the plain call: the same ids, segments, offsets, words and errors."""
+def test_cutting_changes_no_token(name, monkeypatch):
+    """Random strings of difficult characters, as in the plain call: ids, segments, offsets, words and errors."""
     ours, plain = OurTokenizer(BACKENDS[name]()), OurTokenizer(BACKENDS[name]())
     monkeypatch.setattr(plain._cutter, "_boundary", None)
     draw = random.Random(name)
@@ -120,7 +120,7 @@ def test_no_token_can_tell(name, monkeypatch):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_pairs_with_an_odd_limit(name, monkeypatch):
-    """Where both texts of a pair are cut, the longer one keeps the odd token, as it would if neither were."""
+    """If both texts of a pair are cut, the longer one keeps the odd token, as without cutting."""
     ours, plain = OurTokenizer(BACKENDS[name]()), OurTokenizer(BACKENDS[name]())
     monkeypatch.setattr(plain._cutter, "_boundary", None)
     draw = random.Random("odd " + name)
@@ -134,12 +134,12 @@ def test_pairs_with_an_odd_limit(name, monkeypatch):
         cut += len(now[0]) < len(pair[0]) and len(now[1]) < len(pair[1])
         options = {"max_length": kept, "add_special_tokens": False}
         assert told(ours, [pair[0]], [pair[1]], **options) == told(plain, [pair[0]], [pair[1]], **options)
-    # "New York" leaves Chinese characters alone as boundaries, and these texts have too few of them
+    # "New York" leaves only Chinese characters as boundaries, and these texts have too few of them
     assert cut > 0 or name == "added with a space"
 
 
 def test_texts_are_cut_near_what_is_kept():
-    """Or the test above would hold where nothing is ever cut."""
+    """Otherwise the test above would also pass if nothing was ever cut."""
     cutter = Cutter(backend())
     assert cutter.text("abc " * 1000, 10) == "abc " * 11 + "abc"
     assert cutter.text("中文" * 1000, 10) == "中文" * 5 + "中"
@@ -148,21 +148,22 @@ def test_texts_are_cut_near_what_is_kept():
     assert cutter.pair("a á", "abc " * 1000, 10, "longest_first") == ("a á", "abc " * 13 + "abc")
     assert cutter.pair("abc " * 1000, "abc " * 1000, 10, "longest_first") == ("abc " * 11 + "abc",) * 2
     odd = ("abc " * 1000, "abc " * 1001)
-    assert cutter.pair(*odd, 9, "longest_first") == odd  # which of the two is longer decides, so neither is cut
+    assert cutter.pair(*odd, 9, "longest_first") == odd  # it depends on which is longer, so neither is cut
     assert cutter.pair("abc " * 9000, "abc " * 1000, 9, "longest_first") == ("abc " * 44 + "abc", "abc " * 10 + "abc")
     assert cutter.pair("abc " * 1000, "abc " * 9000, 9, "longest_first") == ("abc " * 10 + "abc", "abc " * 44 + "abc")
-    unlike = ("á" * 60 + "abc " * 100, "abc " * 1800)  # normalisation may make four tokens of each of the first's 460
+    # normalisation may make four tokens of each of the first text's 460
+    unlike = ("á" * 60 + "abc " * 100, "abc " * 1800)
     assert cutter.pair(*unlike, 9, "longest_first") == unlike
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_end_of_a_text_is_kept_where_the_settings_say_so(side):
+def test_the_end_of_a_text_is_kept_if_the_settings_say_so(side):
     tokenizer = OurTokenizer(backend(), {"truncation_side": side})
     text = "a " * 500 + "b"
     assert tokenizer.decode(tokenizer.input_ids([text], 4)[0]) == ("a b" if side == "left" else "a a")
 
 
-def test_what_is_not_berts_is_never_cut():
+def test_texts_of_other_tokenizers_are_never_cut():
     other = backend()
     other.pre_tokenizer = pre_tokenizers.Whitespace()
     assert Cutter(other).text("a " * 1000, 3) == "a " * 1000
@@ -171,8 +172,8 @@ def test_what_is_not_berts_is_never_cut():
     assert Cutter(other).text("a " * 1000, 3) == "a " * 1000
 
 
-def test_of_ten_megabytes_little_more_is_tokenised_than_is_kept():
-    """English prose, a line of it over and over: at most twice as many characters as the first 256 words have."""
+def test_little_more_than_the_kept_part_of_ten_megabytes_is_tokenised():
+    """A line of English prose, repeated: at most twice as many characters as the first 256 words have."""
     line = "He was, in a word, the very man for it; and so, at last, they went (all of them) down to the sea.\n"
     long = line * (10_000_000 // len(line))
     kept = " ".join(long[:10_000].split()[:256])
@@ -193,7 +194,7 @@ LINES = {
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", LINES)
 def test_long_texts_of_many_scripts_are_cut_on_either_side(name, side):
-    """The ids are those of the whole text, and few of a long text's characters are tokenised."""
+    """The ids are those of the whole text, and few of the characters are tokenised."""
     long, tokenizer = LINES[name] * 400, OurTokenizer(backend(), {"truncation_side": side})
     cut = tokenizer._cutter.text(long, 30) if side == "right" else tokenizer._cutter.ending(long, 30)
     assert len(cut) < 600
@@ -207,7 +208,7 @@ def test_long_texts_of_many_scripts_are_cut_on_either_side(name, side):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Every call takes the ids of nanotoken."""
+    """Every call uses the ids of nanotoken."""
     pytest.importorskip("nanotoken")
     monkeypatch.setattr("fastbert.text.tokenizer._WORTH_FAST_IDS", 0)
 
@@ -215,7 +216,7 @@ def fast(monkeypatch):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_nanotoken_gives_the_same_ids(name, side, fast):
-    """Random strings of nasty alphabets beside `tokenizers`, whole and truncated."""
+    """Random strings of difficult characters, compared with `tokenizers`, whole and truncated."""
     ours, plain = OurTokenizer(BACKENDS[name](), {"truncation_side": side}), BACKENDS[name]()
     draw = random.Random(name + side)
     alphabets = list(ALPHABETS.values())
@@ -229,7 +230,7 @@ def test_nanotoken_gives_the_same_ids(name, side, fast):
     assert ours._fast_ids is not None
 
 
-def test_nanotoken_is_made_for_many_texts_alone(monkeypatch):
+def test_nanotoken_is_used_for_many_texts_only(monkeypatch):
     pytest.importorskip("nanotoken")
     ours = OurTokenizer(backend())
     ours.input_ids(["a"] * 255)
@@ -242,7 +243,7 @@ def test_nanotoken_is_made_for_many_texts_alone(monkeypatch):
         ours.input_ids(["a"], 1)
 
 
-def test_what_nanotoken_does_not_know_is_left_to_tokenizers(fast, monkeypatch):
+def test_what_nanotoken_does_not_support_is_left_to_tokenizers(fast, monkeypatch):
     splitting = OurTokenizer(backend(), {"split_special_tokens": True})
     assert splitting.tokenize("[SEP]") == splitting._backend.encode("[SEP]", add_special_tokens=False).tokens
     assert splitting.input_ids(["a [SEP]"]) == splitting(["a [SEP]"]).input_ids
@@ -256,8 +257,8 @@ def test_what_nanotoken_does_not_know_is_left_to_tokenizers(fast, monkeypatch):
 
 
 def test_texts_are_searched_in_pieces(monkeypatch):
-    """Nothing is heard during a search either. What lies on the border of two pieces is not counted twice,
-    and a space that is the last of a piece is all that is left out."""
+    """A search cannot be interrupted either. A match across the border of two pieces counts once, and only a space at
+    the end of a piece may be missed."""
     tokenizer = OurTokenizer.from_words(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"], lowercase=True)
     cutter = tokenizer._cutter
     for text in ("a a \u4e00\u4e00, a" * 40, "a " * 300, "\u4e00" * 300):

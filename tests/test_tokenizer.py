@@ -1,5 +1,5 @@
-# ruff: noqa: RUF001 (letters that look alike are the point here)
-"""The tokenizer gives the ids, segments, offsets and words of transformers' BertTokenizerFast, on awkward text."""
+# ruff: noqa: RUF001 (the test is about characters that look alike)
+"""The tokenizer has the ids, segments, offsets and words of transformers' BertTokenizerFast, for difficult text."""
 
 import json
 import pickle
@@ -52,7 +52,7 @@ TEXTS = list(STRESS.values())
 
 
 def random_texts(count: int) -> list[str]:
-    """Characters of all planes in all orders, seeded."""
+    """Random characters of all planes, from a fixed seed."""
     rng = random.Random(0)
     ranges = [(0, 0x7F)] * 4 + [(0x80, 0x24F), (0x300, 0x36F), (0x370, 0x1FFF), (0x2000, 0x2FFF), (0x3000, 0xD7FF),
               (0xE000, 0xFFFF), (0x10000, 0x10FFFF), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF)]  # fmt: skip
@@ -60,7 +60,7 @@ def random_texts(count: int) -> list[str]:
 
 
 def small_vocab() -> list[str]:
-    """Enough to make words, pieces and unknowns of the stress text, cased and Chinese."""
+    """A vocabulary that makes words, pieces and unknown tokens of the stress text, cased and Chinese."""
     letters = [chr(c) for c in range(33, 127)] + list("éïÅÖñèûỗßİıΣσςмишло한국שल字我爱北京天安门漢かカ中文👍。，")
     words = "The quick brown fox Hello word and another one un believ able Café naïve Caf na Stra return def".split()
     special = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -94,7 +94,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS, ids=KINDS)
 def both(request, tmp_path_factory):
-    """(our tokenizer, transformers') of one folder."""
+    """(our tokenizer, transformers' tokenizer) of the same folder."""
     transformers = pytest.importorskip("transformers")
     config = KINDS[request.param]
     if config is None:
@@ -105,7 +105,7 @@ def both(request, tmp_path_factory):
 
 
 def assert_same(ours, theirs) -> None:
-    """Every field of every sequence."""
+    """Compares every field of every sequence."""
     assert ours.input_ids == theirs["input_ids"]
     assert ours.token_type_ids == theirs["token_type_ids"]
     assert ours.offsets == theirs["offset_mapping"]
@@ -138,7 +138,7 @@ def test_stress_text_is_as_in_transformers(both):
 
 @pytest.mark.parametrize("max_length", [2, 3, 16, 129])
 def test_truncated_texts_are_as_in_transformers(both, max_length):
-    """2: no room but for special tokens; 3: one word; 129: odd, past most texts."""
+    """2 has room for special tokens only, 3 for one token; 129 is odd, and longer than most texts."""
     ours, theirs = both
     expected = encode_theirs(theirs, TEXTS, truncation="longest_first", max_length=max_length)
     assert_same(ours(TEXTS, max_length=max_length), expected)
@@ -150,7 +150,7 @@ def test_truncated_texts_are_as_in_transformers(both, max_length):
 @pytest.mark.parametrize("max_length", [7, 20, 64])
 @pytest.mark.parametrize("truncation", [*TRUNCATIONS, None])
 def test_pairs_are_as_in_transformers(both, truncation, max_length, add_special_tokens):
-    """The text that is cut varies; the other is short enough to leave it a token, as the library demands."""
+    """One text is cut; the other is short enough to leave it a token, as the library demands."""
     ours, theirs = both
     short = (["", "a", "a b"] * len(TEXTS))[: len(TEXTS)]
     first, second = TEXTS, short
@@ -180,7 +180,7 @@ def test_windows_are_as_in_transformers(both, stride):
 
 
 def test_offsets_point_into_the_text(both):
-    """Whatever the normaliser does, a token's offsets frame characters of the text as it came, in order."""
+    """Whatever the normaliser does, offsets enclose characters of the original text, in order."""
     ours, _ = both
     for text, offsets, special in zip(TEXTS, *(lambda e: (e.offsets, e.special_tokens_mask))(ours(TEXTS)), strict=True):
         spans = [span for span, is_special in zip(offsets, special, strict=True) if not is_special]
@@ -208,7 +208,7 @@ def test_facts_are_those_of_transformers(both):
 
 @pytest.mark.parametrize("kept", ["tokenizer.json", "vocab.txt"])
 def test_saved_tokenizer_loads_in_transformers_and_here(both, tmp_path, kept):
-    """Each of the two files alone, with tokenizer_config.json, is enough."""
+    """Each of the two files is enough, together with tokenizer_config.json."""
     transformers = pytest.importorskip("transformers")
     ours, _ = both
     ours.save_pretrained(tmp_path)
@@ -232,7 +232,7 @@ def test_auto_tokenizer_loads_what_we_save(minilm, tmp_path):
 
 
 def test_a_vocabulary_with_gaps_is_saved_without_vocab_txt(minilm, tmp_path):
-    """In vocab.txt the line is the id: after a gap every token would have another one."""
+    """In vocab.txt the line number is the id: after a gap every token would have another id."""
     data = json.loads((minilm / "tokenizer.json").read_text(encoding="utf-8"))
     data["model"]["vocab"]["beyond"] = 40_000
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
@@ -255,7 +255,7 @@ def test_from_vocab_equals_from_folder(tmp_path):
 
 
 def test_tokenizer_config_wins_over_tokenizer_json(tmp_path):
-    """As in transformers: many a cased folder has a tokenizer.json of the uncased model."""
+    """As in transformers: many cased folders have the tokenizer.json of the uncased model."""
     transformers = pytest.importorskip("transformers")
     Tokenizer.from_vocab(save_vocab(tmp_path) / "vocab.txt").save_pretrained(tmp_path)
     config = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "strip_accents": None}
@@ -266,8 +266,8 @@ def test_tokenizer_config_wins_over_tokenizer_json(tmp_path):
 
 
 def test_a_silent_config_means_lower_case(tmp_path):
-    """Whatever tokenizer.json says, as in transformers 4 and 5; a class that is not BERT's takes tokenizer.json whole.
-    What is saved says it in every file."""
+    """Whatever tokenizer.json says, as in transformers 4 and 5. For a class other than BERT's, tokenizer.json decides.
+    Saving writes the setting into every file."""
     transformers = pytest.importorskip("transformers")
     cased = Tokenizer.from_vocab(save_vocab(tmp_path / "cased") / "vocab.txt", lowercase=False, strip_accents=True)
     cased.save_pretrained(tmp_path / "cased")
@@ -286,13 +286,13 @@ def test_a_silent_config_means_lower_case(tmp_path):
 
 
 def test_what_tokenizer_json_stores_of_truncation_and_padding_is_not_applied(minilm):
-    """The real all-MiniLM-L6-v2 file stores truncation to 128 and padding to 128; sequences came out all 128 long."""
+    """The real all-MiniLM-L6-v2 file has truncation and padding to 128, so all sequences had 128 tokens."""
     ours = Tokenizer.from_pretrained(minilm)
     assert [len(ids) for ids in ours.input_ids(["word " * 200, "word"])] == [202, 3]
 
 
 def test_added_tokens_of_a_vocab_folder(tmp_path):
-    """Tokens beyond vocab.txt keep the ids that tokenizer_config.json gives them."""
+    """Tokens beyond vocab.txt keep their ids from tokenizer_config.json."""
     size = len(small_vocab())
     added = {"content": "<ent>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
     config = {"added_tokens_decoder": {str(size): added}, "additional_special_tokens": ["<ent>", "<more>"]}
@@ -307,7 +307,7 @@ def test_added_tokens_of_a_vocab_folder(tmp_path):
 # ---- one object, many callers ----------------------------------------------------------------------------
 
 
-def test_truncation_of_one_call_is_not_seen_by_another(tmp_path):
+def test_truncation_of_one_call_does_not_affect_another(tmp_path):
     ours = Tokenizer.from_vocab(save_vocab(tmp_path) / "vocab.txt")
     whole = ours.input_ids(["word " * 50])
     for max_length in range(2, 20):  # more lengths than are kept
@@ -320,7 +320,7 @@ def test_truncation_of_one_call_is_not_seen_by_another(tmp_path):
 
 
 def test_threads_with_different_lengths(tmp_path):
-    """A truncation kept in the shared object made one thread cut at another's length."""
+    """A truncation stored in the shared object made one thread cut at another's length."""
     ours = Tokenizer.from_vocab(save_vocab(tmp_path) / "vocab.txt")
     texts = ["word and another one " * 20] * 8
 
@@ -333,7 +333,7 @@ def test_threads_with_different_lengths(tmp_path):
 
 
 def test_pickles(tmp_path):
-    """Data-loader workers receive their tokenizer this way."""
+    """Workers of a data loader receive their tokenizer as a pickle."""
     ours = Tokenizer.from_vocab(save_vocab(tmp_path) / "vocab.txt", lowercase=False)
     ours.input_ids(TEXTS, 16)
     again = pickle.loads(pickle.dumps(ours))
@@ -341,7 +341,7 @@ def test_pickles(tmp_path):
     assert again.model_max_length == ours.model_max_length
 
 
-# ---- what cannot be done ---------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Tokenizers' folders of every age, contradictory ones too: the ids are those of transformers' AutoTokenizer.
 
-`python tests/test_tokenizer_folders.py` prints, as JSON, what the AutoTokenizer of the installed transformers gives for
-each folder, ids or an error. So two versions of transformers are compared: 5.24.0 and 4.57.6 were, for TRANSFORMERS_4.
+`python tests/test_tokenizer_folders.py` prints as JSON what the AutoTokenizer of the installed transformers gives for
+each folder, ids or an error. This is how 5.24.0 and 4.57.6 were compared for TRANSFORMERS_4.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NO_END = processors.TemplateProcessing(single="[CLS] $A", pair="[CLS] $A $B", sp
 def backend(
     lowercase: bool = True, *, added: tuple[AddedToken, ...] = (), vocab: list[str] = VOCAB, **model: Any
 ) -> tokenizers.Tokenizer:
-    """What BertTokenizerFast saves."""
+    """The tokenizer that BertTokenizerFast saves."""
     tokenizer = tokenizers.Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocab)}, unk_token="[UNK]", **model))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -72,7 +72,7 @@ def saved(tokenizer: tokenizers.Tokenizer) -> str:
 
 
 def changed(**parts: Any) -> str:
-    """The usual tokenizer.json with other parts."""
+    """The usual tokenizer.json with some parts replaced."""
     tokenizer = backend()
     for name, part in parts.items():
         setattr(tokenizer, name, part)
@@ -101,7 +101,7 @@ ROLES = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_
 
 
 def old(settings: Files | None = None, **files: Any) -> Files:
-    """A folder with vocab.txt and no tokenizer.json."""
+    """A folder with vocab.txt and without tokenizer.json."""
     folder: Files = {"vocab.txt": WORDS}
     if settings is not None:
         folder["tokenizer_config.json"] = settings
@@ -109,7 +109,7 @@ def old(settings: Files | None = None, **files: Any) -> Files:
 
 
 def new(tokenizer: str, settings: Files | None = None, **files: Any) -> Files:
-    """A folder with tokenizer.json and no vocab.txt."""
+    """A folder with tokenizer.json and without vocab.txt."""
     folder: Files = {"tokenizer.json": tokenizer}
     if settings is not None:
         folder["tokenizer_config.json"] = settings
@@ -311,7 +311,7 @@ def build(folder: Path, files: Files) -> Path:
     return folder
 
 
-# The folders of which transformers 4.57.6 gives other ids than 5.24.0, with the words that say so.
+# The folders for which transformers 4.57.6 and 5.24.0 give different ids, and a part of our warning.
 TRANSFORMERS_4 = {
     "added_tokens that are special": "transformers 4 does not change the case of [E1]",
     "extra dict and additional": "numbers additional_special_tokens before extra_special_tokens",
@@ -352,7 +352,7 @@ def transformers_5():
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_ids_are_those_of_auto_tokenizer(name, tmp_path, transformers_5):
-    """Also after saving; and where transformers 4 gives others, a warning says why, and elsewhere there is none."""
+    """Also after saving. A warning explains where transformers 4 gives other ids; elsewhere there is no warning."""
     folder = build(tmp_path / "theirs", FOLDERS[name])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -366,13 +366,13 @@ def test_ids_are_those_of_auto_tokenizer(name, tmp_path, transformers_5):
     build(tmp_path / "saved", {})
     ours.save_pretrained(tmp_path / "saved")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # in what is saved, the two versions agree
+        warnings.simplefilter("error")  # for saved folders the two versions agree
         assert ids_of(Tokenizer.from_pretrained(tmp_path / "saved")) == expected
     assert ids_of_transformers(tmp_path / "saved") == expected
 
 
 def test_a_copy_splits_special_tokens_too(tmp_path):
-    """The library copies and pickles its tokenizers without this setting."""
+    """The tokenizers library copies and pickles its tokenizers without this setting."""
     ours = Tokenizer.from_pretrained(build(tmp_path, FOLDERS["split special"]))
     assert ids_of(pickle.loads(pickle.dumps(ours))) == ids_of(ours)
 
@@ -399,7 +399,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("files", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_understood_is_refused_by_name(files, message, tmp_path):
+def test_unknown_or_invalid_settings_are_refused_by_name(files, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         Tokenizer.from_pretrained(build(tmp_path, files))
     assert "\n" not in str(caught.value)
@@ -422,8 +422,8 @@ def test_what_is_not_understood_is_refused_by_name(files, message, tmp_path):
     ids=["added", "added_special", "extra_list", "extra_dict", "old_words"],
 )
 def test_tokens_beside_a_vocab_txt(files, text, tokens, tmp_path):
-    """What people add lies in other files than vocab.txt, in the spelling of their day: these were left out in silence,
-    so that an entity marker came apart into `[`, `e1` and `]`. The ids are those of transformers."""
+    """Added tokens are in other files than vocab.txt, in the spelling of their time. They were ignored without a word,
+    and an entity marker became `[`, `e1` and `]`. The ids are those of transformers."""
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]) + "\n")
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
@@ -438,7 +438,7 @@ def main() -> None:
         for i, (name, files) in enumerate(FOLDERS.items()):
             try:
                 told[name] = ids_of_transformers(build(Path(root) / str(i), files))
-            except Exception as error:  # whichever it is, it is what is asked
+            except Exception as error:  # any error is a result
                 told[name] = f"{type(error).__name__}: {error}"
     json.dump(told, sys.stdout)
 

@@ -1,4 +1,4 @@
-"""AdamW in one pass of C++: torch's numbers, state and refusals, and rows of a table that nothing has moved."""
+"""AdamW in one C++ pass: torch's numbers, state and errors, and rows of a table that never had a gradient."""
 
 import copy
 
@@ -10,7 +10,7 @@ from fastbert.kernels.cpu import operators as cpp
 from fastbert.testing import relative_rms
 from fastbert.training.adamw import AdamW
 
-# a table, a matrix whose rows are no multiple of a register, vectors of one element and past a block, a scalar, nothing
+# a table, a matrix with partly filled registers, vectors of one element and of more than a block, a scalar, no element
 SHAPES = {"table": (70, 48), "matrix": (5, 37), "one": (1,), "long": (4099,), "scalar": (), "empty": (0,)}
 EPS, DECAY, RATE = 1e-8, 0.1, 3e-3
 
@@ -30,7 +30,7 @@ def groups(given: dict[str, torch.nn.Parameter], decay: float = DECAY) -> list[d
 
 
 def gradients_of(step: int, given: dict[str, torch.nn.Parameter]) -> None:
-    """A few rows of the table have gradients; `one` has none in the second step, so its count of steps is behind."""
+    """A few rows of the table have gradients; `one` has none in the second step, so its step count is lower."""
     generator = torch.Generator().manual_seed(100 + step)
     for name, p in given.items():
         g = torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu") * 10.0 ** (step - 2)
@@ -55,7 +55,7 @@ def trained(kind, given, steps, decay=DECAY, max_norm=None, state=None, first=0,
 
 
 def assert_as_torch(ours, optimizer, plain, plain_optimizer, truth, truth_optimizer, slack=4e-7):
-    """Every parameter and moment within twice torch's error, and some roundings: one number may be right by luck."""
+    """Parameters and moments have at most twice torch's error and some roundings: one number may be right by luck."""
     for name in SHAPES:
         found = [
             {"p": given[name], **by.state[given[name]]}
@@ -79,7 +79,7 @@ def test_parameters_and_moments_are_torchs(dtype, decay, max_norm):
     of_ours = trained(AdamW, ours, 5, decay, max_norm)
     of_plain = trained(torch.optim.AdamW, plain, 5, decay, max_norm, fused=True)
     of_truth = trained(torch.optim.AdamW, truth, 5, decay, max_norm)
-    # a budget in bfloat16 hangs on which way single elements are rounded
+    # a budget in bfloat16 depends on how single elements are rounded
     slack = 4e-7 if dtype == torch.float32 else 2e-3
     assert_as_torch(ours, of_ours, plain, of_plain, truth, of_truth, slack)
 
@@ -87,7 +87,7 @@ def test_parameters_and_moments_are_torchs(dtype, decay, max_norm):
 @pytest.mark.cpp
 @pytest.mark.parametrize("decay", [DECAY, 0.0])
 def test_rows_that_never_had_a_gradient_only_decay(decay):
-    """A row that has had one goes on moving without one."""
+    """A row that once had a gradient continues to move without one."""
     given = parameters()
     optimizer = trained(AdamW, given, 2, decay)
     table = given["table"]
@@ -104,8 +104,8 @@ def test_rows_that_never_had_a_gradient_only_decay(decay):
 
 
 @pytest.mark.cpp
-def test_moments_that_somebody_writes_count():
-    """Rows are not taken to be at rest once their moments were written in place, replaced or loaded."""
+def test_moments_that_are_written_take_effect():
+    """After moments were written in place, replaced or loaded, their rows no longer count as unmoved."""
     ours, plain = parameters(), parameters()
     of_ours, of_plain = trained(AdamW, ours, 1), trained(torch.optim.AdamW, plain, 1, fused=True)
     for given, optimizer in ((ours, of_ours), (plain, of_plain)):
@@ -120,8 +120,8 @@ def test_moments_that_somebody_writes_count():
 
 
 @pytest.mark.cpp
-def test_each_goes_on_from_the_others_state():
-    """Two steps by one and two by the other are four of either."""
+def test_both_optimisers_continue_from_each_others_state():
+    """Two steps by one optimiser and two by the other equal four steps of either."""
     whole = parameters()
     of_whole = trained(torch.optim.AdamW, whole, 4, fused=True)
     for first, then in ((AdamW, torch.optim.AdamW), (torch.optim.AdamW, AdamW), (AdamW, AdamW)):
@@ -142,7 +142,7 @@ def test_a_step_is_one_call_and_is_seen_by_autograd(monkeypatch):
     given, calls = parameters(), []
     call = cpp.call
     monkeypatch.setattr(cpp, "call", lambda function, *rest: calls.append(function) or call(function, *rest))
-    kept = (given["matrix"] ** 2).sum()  # saves the matrix
+    kept = (given["matrix"] ** 2).sum()  # autograd saves the matrix
     trained(AdamW, given, 1, max_norm=1.0)
     assert calls == ["sum_squares", "adamw"]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -157,7 +157,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("why", [*OTHERS, "float64", "a strided gradient", "a closure", "no C++"])
-def test_what_cpp_does_not_do_torch_does(why, monkeypatch):
+def test_torch_computes_what_the_cpp_does_not_support(why, monkeypatch):
     if why == "no C++":
         monkeypatch.setattr(cpp, "dtypes", tuple)
     monkeypatch.setattr(one_pass, "step", lambda *given: pytest.fail("C++ was asked"))
@@ -175,8 +175,8 @@ def test_what_cpp_does_not_do_torch_does(why, monkeypatch):
     assert norms == [pytest.approx(float(of_torch[0])), of_torch[1]]
 
 
-def test_a_gradient_scaler_finds_its_gradients_clipped():
-    """With unscale_ and clip before it, GradScaler's step hands over to torch, which knows no scale of ours."""
+def test_a_gradient_scalers_step_uses_clipped_gradients():
+    """After unscale_ and clip, GradScaler's step is computed by torch, which does not know our scale."""
     moments = []
     for kind in (AdamW, torch.optim.AdamW):
         p = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.float32, device="cpu"))
@@ -193,8 +193,8 @@ def test_a_gradient_scaler_finds_its_gradients_clipped():
 
 @pytest.mark.cpp
 @pytest.mark.parametrize("then", ["zero_grad", "clip"])
-def test_a_clip_whose_step_was_left_out_is_forgotten(then):
-    """As where a gradient was not finite: the next gradients are scaled by their own norm, or not at all."""
+def test_a_clip_without_a_step_does_not_affect_the_next_step(then):
+    """GradScaler skips a step with infinite gradients. The next gradients have their own norm, or no clipping."""
     moments = []
     for kind in (AdamW, torch.optim.AdamW):
         p = torch.nn.Parameter(torch.ones(4, 6, dtype=torch.float32, device="cpu"))
@@ -204,7 +204,7 @@ def test_a_clip_whose_step_was_left_out_is_forgotten(then):
             optimizer.clip(0.5)
         if then == "zero_grad":
             optimizer.zero_grad()
-        p.grad = torch.arange(24.0).view(6, 4).t()  # strided, which is left to torch
+        p.grad = torch.arange(24.0).view(6, 4).t()  # strided, so torch computes
         if then == "clip":
             optimizer.clip(1e9) if kind is AdamW else torch.nn.utils.clip_grad_norm_([p], 1e9)
         optimizer.step()
@@ -212,9 +212,9 @@ def test_a_clip_whose_step_was_left_out_is_forgotten(then):
     torch.testing.assert_close(*moments)
 
 
-def test_hooks_of_a_step_run_once_where_torch_takes_it():
+def test_hooks_of_a_step_run_once_if_torch_computes_it():
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.float32, device="cpu"))
-    torch.optim.AdamW([p])  # from here on torch wraps the hooks of a step around its own
+    torch.optim.AdamW([p])  # from now on torch calls the hooks around its own step
     optimizer, ran = AdamW([p], lr=1e-3, amsgrad=True), []
     optimizer.register_step_pre_hook(lambda *given: ran.append("before"))
     optimizer.register_step_post_hook(lambda *given: ran.append("after"))
@@ -249,9 +249,9 @@ def test_wrong_sizes_are_refused():
 
 
 @pytest.mark.once
-def test_a_step_of_torch_counts_as_a_change():
-    """torch's fused step leaves the versions of what it writes: layers that keep integers of their weights then
-    multiplied by those of the first step to the end of a training. Here float64, which is left to torch."""
+def test_a_step_by_torch_changes_version_counters():
+    """torch's fused step does not increase version counters, so layers that keep integers of their weights used those
+    of the first step until the training ended. Here the dtype is float64, for which torch computes."""
     given = parameters(torch.float64)
     optimizer = trained(AdamW, given, 1, fused=True)
     gradients_of(2, given)

@@ -1,4 +1,4 @@
-"""`fastbert finetune` and `fastbert predict` from files to files, and the folder in transformers' hands."""
+"""`fastbert finetune` and `fastbert predict` with files, and transformers with the resulting folder."""
 
 import errno
 import json
@@ -15,30 +15,21 @@ from safetensors.torch import load_file
 
 import fastbert
 from command_line import run
-from fastbert import BertConfig, BertModel
 from fastbert.checkpoint import CheckpointError
 from fastbert.training.finetune import epochs_done
 from fastbert.training.processes import Processes
 from fastbert.training.run import Run
+from small_bert import save_bert
 
 pytestmark = pytest.mark.once
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-PATIENCE = 300  # seconds after which a process hangs
+PATIENCE = 300  # seconds; a process that takes longer counts as hanging
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
-    """A plain BERT whose words are the letters."""
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=40, initializer_range=0.3,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    return folder
+    """A plain BERT whose vocabulary is the letters."""
+    return save_bert(tmp_path_factory.mktemp("bert"), max_position_embeddings=40, initializer_range=0.3)
 
 
 def rows(n: int) -> list[tuple[str, str]]:
@@ -46,7 +37,7 @@ def rows(n: int) -> list[tuple[str, str]]:
 
 
 def spaced(text: str) -> str:
-    """A word a letter."""
+    """The text with a space after each letter."""
     return " ".join(text.replace(" ", ""))
 
 
@@ -92,7 +83,7 @@ def predictions(folder, file, capsysbinary, *others) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def tuned(bert, files, tmp_path_factory) -> Path:
-    """A classifier of letters that learnt its task."""
+    """A classifier of letters that has learnt its task."""
     out = tmp_path_factory.mktemp("tuned") / "out"
     args = ("--eval", files["sentence"], "--epochs", 12, "--lr", "3e-3", "--batch-tokens", 60)
     assert finetune(bert, out, "sentence", files["sentence"], *args) == 0
@@ -137,7 +128,7 @@ def test_transformers_reads_the_folder(tuned):
 
 
 def test_pairs_numbers_entities_and_answers(bert, files, tmp_path, capsysbinary):
-    """Each task from its own kind of file and back; what is found lies at its characters."""
+    """Each task with its own kind of file. Answers and entities have the right places in the text."""
     pair = ("--columns", "one,two,label", "--epochs", 1)
     assert finetune(bert, tmp_path / "pair", "pair", files["pair"], *pair) == 0
     assert {r["label"] for r in predictions(tmp_path / "pair", files["pair"], capsysbinary)} <= {"Yes", "No"}
@@ -177,14 +168,14 @@ def test_pairs_numbers_entities_and_answers(bert, files, tmp_path, capsysbinary)
 
 
 @pytest.mark.parametrize(("step", "epochs"), [(0, 0), (1, 0.25), (4, 1), (5, 1.33), (7, 2)])
-def test_the_best_epoch_may_end_within_one(step, epochs):
+def test_the_best_evaluation_may_lie_within_an_epoch(step, epochs):
     found = epochs_done([4, 3], step)
     assert found == epochs
     assert type(found) is type(epochs)
 
 
 def test_a_new_head_for_numbers_begins_at_their_mean(bert, files, tmp_path):
-    """And one that learnt goes on from where it is."""
+    """A trained head continues from its own bias."""
 
     def bias() -> float:
         return load_file(tmp_path / "out" / "model.safetensors")["classifier.bias"].item()
@@ -201,13 +192,13 @@ def test_a_new_head_for_numbers_begins_at_their_mean(bert, files, tmp_path):
 
 
 def test_windows_fit_a_model_of_few_positions(bert, files, tmp_path):
-    """Their default overlap is a third of what the model can read."""
+    """Their default overlap is a third of the model's positions."""
     assert finetune(bert, tmp_path / "out", "qa", files["qa"], "--epochs", 1) == 0
     spec = json.loads((tmp_path / "out" / "fastbert_task.json").read_text())
     assert (spec["max_length"], spec["stride"]) == (40, 13)
 
 
-def test_quiet_is_quiet(bert, files, tmp_path, capfd):
+def test_quiet_prints_nothing(bert, files, tmp_path, capfd):
     args = ("--eval", files["sentence"], "--epochs", 1, "--class-weights", "balanced", "--checkpoint-activations")
     assert finetune(bert, tmp_path / "out", "sentence", files["sentence"], *args) == 0
     assert capfd.readouterr() == ("", "")
@@ -215,7 +206,7 @@ def test_quiet_is_quiet(bert, files, tmp_path, capfd):
     assert report["class weights"] == [1.0, 1.0]
 
 
-def test_tensorboard_that_is_not_there_is_named_before_anything_is_read(bert, tmp_path, capsys, monkeypatch):
+def test_missing_tensorboard_is_named_before_anything_is_read(bert, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert finetune(bert, tmp_path / "out", "sentence", tmp_path / "nowhere.tsv", "--tensorboard") == 1
     assert "--tensorboard needs the package tensorboard: pip install tensorboard" in capsys.readouterr().err
@@ -226,7 +217,7 @@ def test_several_seeds_and_their_range(bert, files, tmp_path, monkeypatch):
     monkeypatch.setattr(Processes, "join", lambda device: joined.append(device) or join(device))
     args = ("--eval", files["sentence"], "--epochs", 1, "--seeds", 2, "--lr", "1e-3")
     assert finetune(bert, tmp_path / "out", "sentence", files["sentence"], *args) == 0
-    assert len(joined) == 1, "processes that part and join again may never meet"
+    assert len(joined) == 1, "processes that leave and join the group again may never meet"
     report = json.loads((tmp_path / "out" / "report.json").read_text())["seeds"]
     of_each = [json.loads((tmp_path / "out" / f"seed-{n}" / "report.json").read_text()) for n in range(2)]
     assert report["seeds"] == [each["seed"] for each in of_each] == [0, 1]
@@ -237,8 +228,8 @@ def test_several_seeds_and_their_range(bert, files, tmp_path, monkeypatch):
     assert model == (tmp_path / "out" / f"seed-{best}" / "model.safetensors").read_bytes()
 
 
-def test_a_classifier_goes_on_learning_by_the_names_of_its_labels(tuned, tmp_path, capsys):
-    """In another order, in other case; a name that it does not know is refused, unless --labels starts a new one."""
+def test_a_classifier_continues_by_the_names_of_its_labels(tuned, tmp_path, capsys):
+    """In another order or case. An unknown name is refused, unless --labels starts a new head."""
     swapped = tmp_path / "b.tsv"
     table = [(spaced(text), label.upper()) for text, label in reversed(rows(24))]
     swapped.write_text("text\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in table))
@@ -256,7 +247,7 @@ def test_a_classifier_goes_on_learning_by_the_names_of_its_labels(tuned, tmp_pat
     assert finetune(tuned, tmp_path / "new", "sentence", swapped, "--labels", "perhaps,yes", "--epochs", 1) == 0
 
 
-# ---- what goes wrong -----------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -278,7 +269,7 @@ def test_a_classifier_goes_on_learning_by_the_names_of_its_labels(tuned, tmp_pat
         ("text\tlabel\n" + "".join(f"yes\ttext {i}\n" for i in range(30)), (), "are the columns swapped?"),
     ],
 )
-def test_bad_examples_are_named_in_one_line(bert, tmp_path, capsys, content, others, message):
+def test_errors_in_examples_are_one_line(bert, tmp_path, capsys, content, others, message):
     train = tmp_path / "train.tsv"
     train.write_text(content)
     assert finetune(bert, tmp_path / "out", "sentence", train, *others) == 1
@@ -303,7 +294,7 @@ def test_bad_evaluations_are_found_before_training(bert, files, tmp_path, capsys
     assert "question '1' has no answer; --metric squad_v2 is for such" in capsys.readouterr().err
 
 
-def test_a_folder_with_a_run_is_not_written_over(tuned, bert, files, capsys):
+def test_a_folder_with_a_run_is_not_overwritten(tuned, bert, files, capsys):
     assert finetune(bert, tuned, "sentence", files["sentence"]) == 1
     assert "has checkpoints of a run: --resume goes on with it, or give another --out" in capsys.readouterr().err
 
@@ -329,7 +320,7 @@ def test_a_folder_with_a_run_is_not_written_over(tuned, bert, files, capsys):
         ),
     ],
 )
-def test_settings_that_mean_nothing_are_refused_before_training(bert, tmp_path, capsys, others, message):
+def test_settings_without_meaning_are_refused_before_training(bert, tmp_path, capsys, others, message):
     train = tmp_path / "a.tsv"
     train.write_text("text\tlabel\tnumber\na b\tx\t1\nb c\ty\t2\nc d\tz\t3\n")
     assert finetune(bert, tmp_path / "out", "sentence", train, *others) != 0
@@ -337,12 +328,12 @@ def test_settings_that_mean_nothing_are_refused_before_training(bert, tmp_path, 
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_columns_of_what_is_no_table_are_refused(bert, files, tmp_path, capsys):
+def test_columns_are_refused_for_files_that_are_no_tables(bert, files, tmp_path, capsys):
     assert finetune(bert, tmp_path / "out", "token", files["token"], "--columns", "a,b") == 2
     assert "--columns is for tables, and --task token reads none" in capsys.readouterr().err
 
 
-def test_a_run_does_not_go_on_with_other_data_or_another_metric(bert, files, tmp_path, capsys):
+def test_a_run_is_not_resumed_with_other_data_or_another_metric(bert, files, tmp_path, capsys):
     train, out = tmp_path / "a.tsv", tmp_path / "out"
     text = files["sentence"].read_text()
     train.write_text(text)
@@ -360,7 +351,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_metric(bert, files, tmp
     assert "is of a run with evaluation data of SHA-256" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_named_with_what_remains(bert, files, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_reported_with_the_last_checkpoint(bert, files, tmp_path, capsys, monkeypatch):
     def record(run, row, before=Run._record):
         if row["step"] == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -373,8 +364,8 @@ def test_a_full_disk_is_named_with_what_remains(bert, files, tmp_path, capsys, m
     assert said.endswith("step-00000001\n")
 
 
-def test_a_closed_pipe_is_no_full_disk(bert, files, tmp_path, capsys, monkeypatch):
-    """Whoever ends the program that reads the progress gets the exit code of a closed pipe."""
+def test_a_closed_pipe_is_not_reported_as_a_full_disk(bert, files, tmp_path, capsys, monkeypatch):
+    """If the program that reads the progress ends, the exit code is that of a closed pipe."""
 
     def tell(bar, record, steps):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
@@ -383,8 +374,8 @@ def test_a_closed_pipe_is_no_full_disk(bert, files, tmp_path, capsys, monkeypatc
     assert finetune(bert, tmp_path / "out", "sentence", files["sentence"]) == 141
 
 
-def test_a_metric_that_no_seed_defines_is_told_so(bert, files, tmp_path, capsys):
-    """Pearson's correlation with gold values that are all the same."""
+def test_a_metric_that_is_undefined_for_every_seed(bert, files, tmp_path, capsys):
+    """Pearson's correlation with constant gold values."""
     (tmp_path / "same.jsonl").write_text("".join(json.dumps({"text": t, "label": 1}) + "\n" for t in ("a b", "c", "d")))
     arguments = ("--labels", "number", "--eval", tmp_path / "same.jsonl", "--epochs", 1, "--seeds", 2)
     base = ("finetune", "--model", bert, "--task", "sentence", "--train", files["numbers"], "--out", tmp_path / "out")
@@ -399,7 +390,7 @@ def test_predictions_do_not_overwrite_their_examples(tuned, files, capsys):
     assert files["sentence"].read_bytes() == before
 
 
-def test_a_folder_of_another_origin_is_no_pipeline(bert):
+def test_a_folder_that_finetune_did_not_make_is_refused(bert):
     with pytest.raises(CheckpointError, match=r"has no fastbert_task.json, so fastbert finetune did not make it"):
         fastbert.pipeline(bert)
 
@@ -416,8 +407,8 @@ def test_inputs_of_another_kind_are_refused(tuned):
 # ---- killed --------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_some_point_the_run_goes_on_to_the_same_bits(bert, files, tmp_path):
-    """kill -9 as soon as a few steps are done, then --resume; compared with a run without interruption."""
+def test_a_killed_run_resumes_to_the_same_bits(bert, files, tmp_path):
+    """kill -9 after a few steps, then --resume, compared with an uninterrupted run."""
     common = ("--eval", files["sentence"], "--epochs", 4, "--lr", "1e-3", "--batch-tokens", 40, "--save-every", 2)
     assert finetune(bert, tmp_path / "whole", "sentence", files["sentence"], *common) == 0
     out = tmp_path / "killed"

@@ -1,4 +1,4 @@
-"""The picture of a run: where its lines are, and what is written beside them."""
+"""The picture of a run: the places of its lines, and its labels."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def test_loss_and_metric_lie_between_their_least_and_greatest(tmp_path):
     width, bottom = WIDTH - LEFT - RIGHT, HEIGHT - BOTTOM
     assert [x for x, _ in loss] == [LEFT + width * step / 4 for step in (1, 2, 3, 4)]
     assert [y for _, y in loss] == [TOP, (TOP + bottom) / 2, bottom, TOP + (bottom - TOP) * 0.75]
-    assert metric == [(LEFT + width / 2, bottom)]  # a score that was no number has no place
+    assert metric == [(LEFT + width / 2, bottom)]  # a score that is NaN is not drawn
     texts = [text.text for text in picture.iter(f"{SVG}text")]
     assert {"loss", "f1 < 1", "optimiser steps, 4 in all", "4", "2", "0.5"} <= set(texts)
 
@@ -49,4 +49,4 @@ def test_losses_of_many_steps_are_means_of_neighbours(tmp_path):
     picture = drawn(tmp_path, [{"step": step, "loss": float(step % 2)} for step in range(1, 4 * POINTS + 1)])
     [loss] = lines(picture)
     assert len(loss) == POINTS
-    assert len({y for _, y in loss}) == 1  # of four steps two are 1 and two are 0
+    assert len({y for _, y in loss}) == 1  # of each four steps two are 1 and two are 0

@@ -1,4 +1,4 @@
-"""Windows: every word and every token of a context belongs to exactly one, and answers come back as the exact text."""
+"""Windows: every word and token of a context belongs to exactly one window; answers come back as the exact text."""
 
 import random
 from itertools import pairwise
@@ -34,7 +34,7 @@ def test_texts_that_are_cut_are_counted(tokenizer):
     assert features.notes == {"examples cut at 5 tokens": 1}
     pair = text_features(tokenizer, ["a"], ["b c"], None, max_length=9).windows[0]
     assert pair.token_type_ids == [0, 0, 0, 1, 1, 1]
-    # also where a long text is shortened before it is tokenised
+    # also if a long text is shortened before it is tokenised
     assert text_features(tokenizer, ["a " * 500], None, None, max_length=5).notes == {"examples cut at 5 tokens": 1}
 
 
@@ -51,18 +51,18 @@ def test_every_word_belongs_to_one_window_where_its_context_is_longest(tokenizer
     for number, window in enumerate(features.windows):
         assert window.input_ids[0] == tokenizer.cls_token_id
         assert window.input_ids[-1] == tokenizer.sep_token_id
-        # labels at first pieces of its own words, and nowhere else
+        # labels at the first pieces of its own words, and nowhere else
         assert [place for place, label in enumerate(window.target) if label != IGNORED] == [p for _, p in window.words]
         for word, place in window.words:
             assert tokenizer.id_to_token(window.input_ids[place]) == words[word][0]
             assert word not in seen
             seen[word] = number
     assert sorted(seen) == list(range(40))
-    assert sorted(seen.values()) == [seen[word] for word in range(40)], "windows own runs of neighbours"
+    assert sorted(seen.values()) == [seen[word] for word in range(40)], "a window's own words are neighbours"
 
 
 def test_words_in_the_middle_of_a_window_have_context(tokenizer):
-    """With windows of 8 words that share 4, no word within the sentence has less than 2 words on either side."""
+    """With windows of 8 words that share 4, every word within the sentence has at least 2 words on either side."""
     words = ["a"] * 30
     features = word_features(tokenizer, [Sentence("s", words, None)], None, max_length=10, stride=4)
     for number, window in enumerate(features.windows):
@@ -74,13 +74,13 @@ def test_words_in_the_middle_of_a_window_have_context(tokenizer):
 
 
 def test_of_two_windows_with_equal_context_a_word_belongs_to_the_earlier(tokenizer):
-    """Windows of the words 0 to 7 and 5 to 12: word 6 has one word behind it in the one, one before it in the other."""
+    """The windows have words 0 to 7 and 5 to 12: in either, word 6 has one word on its shorter side."""
     windows = word_features(tokenizer, [Sentence("s", ["a"] * 13, None)], None, max_length=10, stride=3).windows
     assert [[word for word, _ in w.words] for w in windows] == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]]
 
 
-def test_every_window_brings_something_new():
-    """Its end is a new one, however long the next word is, and neighbours share `stride` tokens at most."""
+def test_every_window_ends_later_than_the_one_before():
+    """However long the next word is. Neighbouring windows share at most `stride` tokens."""
     draw = random.Random(3)
     for _ in range(200):
         room = draw.randint(2, 9)
@@ -94,7 +94,7 @@ def test_every_window_brings_something_new():
             assert sum(lengths[next_first:end]) <= stride
 
 
-def test_words_of_which_nothing_is_left_and_words_that_are_too_long(tokenizer):
+def test_words_without_tokens_and_words_that_are_too_long(tokenizer):
     features = word_features(
         tokenizer, [Sentence("s", ["\u200d", "a" * 20, "b"], ["O", "B-x", "O"])], {"O": 0, "B-x": 1}, 6, 1
     )
@@ -109,7 +109,7 @@ def test_words_of_which_nothing_is_left_and_words_that_are_too_long(tokenizer):
 
 @pytest.mark.parametrize("stride", [10, 11])
 def test_answers_come_back_as_the_exact_text(tokenizer, stride):
-    """Every window with the whole answer points to it, at every place of a long context; others point to [CLS]."""
+    """Every window with the whole answer points to it, at any place of a long context; other windows point to [CLS]."""
     context = " ".join("abcdefghij"[i % 10] * (1 + i % 3) for i in range(60))
     starts = [i for i, c in enumerate(context) if c != " " and (i == 0 or context[i - 1] == " ")]
     for first, start in enumerate(starts[:-1]):
@@ -144,7 +144,7 @@ def test_every_token_of_a_context_belongs_to_one_window(tokenizer):
     [("a", 0, (0, 0)), ("c", 5, (2, 2)), ("bb c", 2, (1, 2)), (" bb", 1, (1, 1)), ("b", 3, (1, 1)), (" ", 1, None)],
 )
 def test_gold_tokens_share_a_character_with_the_answer(text, start, tokens):
-    """The context is "a bb c", its tokens are the words: a gold answer may begin within one, or with a space."""
+    """The context is "a bb c", its tokens are the words. A gold answer may begin within a word, or with a space."""
     found = gold_tokens(Question("q", "", "a bb c", [Answer(text, start)]), [(0, 1), (2, 4), (5, 6)])
     assert found == ([] if tokens is None else [tokens])
 
@@ -164,7 +164,7 @@ def test_questions_that_cannot_be_learnt_are_left_out_and_counted(tokenizer):
         "questions left out, whose answers are not in their context": 1,
         "answers that no window holds whole": 1,
     }
-    # To be answered, all of them stay. What no window holds, or is longer than an answer may be, cannot be predicted.
+    # For prediction all questions stay. Answers that no window holds, or that are too long, cannot be predicted.
     for longest, beyond in ((30, 1), (1, 2)):
         whole = [*questions, Question("two", "a", "b c", [Answer("b c", 0)])]
         to_answer = question_features(tokenizer, whole, 24, 8, training=False, longest=longest)
@@ -178,7 +178,7 @@ def test_windows_must_leave_room(tokenizer):
 
 
 def test_real_answers_come_back(shared):
-    """All of 1,002 Chinese answers are found, except those that begin or end within a Latin word, or with white
+    """All of 1,002 Chinese answers are found, except those that begin or end within a Latin word or with white
     space."""
     questions = read_questions(shared / "data" / "cmrc2018" / "cmrc2018_trial.json").questions
     characters = sorted({c for q in questions for c in q.context + q.question if not c.isspace()})

@@ -1,4 +1,4 @@
-"""Examples out of files: what is a text, what is an error, and where gold answers lie."""
+"""Examples from files: what counts as text, what is an error, and the places of gold answers."""
 
 import json
 
@@ -37,8 +37,8 @@ def cells(path, columns=()):
         ("bom.tsv", b"\xef\xbb\xbf" + 'text\tlabel\nNA\tnull\n"quoted\tnan\n a \u2028b \t1\n'.encode()),
     ],
 )  # fmt: skip
-def test_texts_are_what_the_file_has(name, content, write):
-    """NA, null and nan are texts, a quote is a letter in .tsv, and only a line feed ends a line."""
+def test_texts_are_read_exactly(name, content, write):
+    """NA, null and nan are texts, a quote is an ordinary character in .tsv, and only a line feed ends a line."""
     assert cells(write(name, content), ["text", "label"]) == [["NA", "null"], ['"quoted', "nan"], [" a \u2028b ", "1"]]
 
 
@@ -130,7 +130,7 @@ def test_gold_answers_are_searched_near_their_offset(write):
 @pytest.mark.parametrize(
     ("stated", "found"), [(0, 0), (1, 0), (3, 4), (4, 4), (5, 4), (6, 4), (7, 8), (8, 8), (50, 8), (-7, 0)]
 )
-def test_of_two_places_the_nearer_and_of_equals_the_earlier(stated, found):
+def test_of_two_places_the_nearer_one_and_of_equals_the_earlier(stated, found):
     assert place_of("ab", "ab__ab__ab", stated) == found
 
 

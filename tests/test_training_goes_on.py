@@ -1,4 +1,4 @@
-"""Runs that go on from a checkpoint, to the same bits as one that was never interrupted."""
+"""Runs that are resumed from a checkpoint end with the same bits as an uninterrupted run."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def test_the_rate_of_each_step_is_the_schedules(whole):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
-def test_a_run_goes_on_to_the_same_bits(whole, step, tmp_path):
+def test_a_resumed_run_ends_with_the_same_bits(whole, step, tmp_path):
     out, expected = whole
     name = f"step-{step:08d}"
     shutil.copytree(out / "checkpoints" / name, tmp_path / "checkpoints" / name)
@@ -47,8 +47,8 @@ def test_a_run_goes_on_to_the_same_bits(whole, step, tmp_path):
         assert torch.equal(p, expected[name]), name
 
 
-def test_the_mean_of_the_weights_goes_on_to_the_same_bits(tmp_path):
-    """What is measured and kept are means, of which a checkpoint has all; the run itself takes the same steps."""
+def test_a_resumed_mean_of_the_weights_has_the_same_bits(tmp_path):
+    """Means are evaluated and kept, and a checkpoint holds all that they need; the run itself takes the same steps."""
     kept = {}
 
     def keeping(name, **options):
@@ -105,7 +105,7 @@ def test_a_running_mean_forgets_older_weights():
     assert float(few.means["weight"]) == 1600.0
 
 
-def test_a_run_that_goes_on_in_other_batches_is_the_same_but_for_rounding(whole, tmp_path):
+def test_a_run_resumed_with_other_batches_differs_only_by_rounding(whole, tmp_path):
     out, _ = whole
     shutil.copytree(out / "checkpoints" / "step-00000003", tmp_path / "checkpoints" / "step-00000003")
     run = run_of(tmp_path, batch_tokens=30)
@@ -122,8 +122,8 @@ def test_another_run_is_not_continued(whole, tmp_path):
         run_of(tmp_path, lr=2e-3).resume()
 
 
-def test_a_step_that_float16_skips_is_none_of_the_optimisers(tmp_path, monkeypatch):
-    """Without bias correction the first step that is taken moves a parameter by lr * 0.1 / sqrt(0.001)."""
+def test_a_step_that_float16_skips_does_not_count_for_the_optimiser(tmp_path, monkeypatch):
+    """Without bias correction the first counted step moves a parameter by lr * 0.1 / sqrt(0.001)."""
     options = {"dtype": torch.float16, "bias_correction": False, "weight_decay": 0.0, "save_every": 1, "keep": 99}
     run = run_of(tmp_path, **options)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
@@ -149,10 +149,10 @@ def test_a_step_that_float16_skips_is_none_of_the_optimisers(tmp_path, monkeypat
     assert again.progress.skipped == 2
 
 
-def test_the_last_checkpoints_stay_and_what_was_half_written_goes(tmp_path):
+def test_the_last_checkpoints_stay_and_incomplete_ones_are_removed(tmp_path):
     (tmp_path / "checkpoints" / ".step-00000002.writing").mkdir(parents=True)
     run = run_of(tmp_path, save_every=1, keep=2)
-    assert run.resume() == 0, "what is half written is no checkpoint"
+    assert run.resume() == 0, "an incomplete checkpoint does not count"
     run.train()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         f"step-{run.steps - 1:08d}", f"step-{run.steps:08d}"

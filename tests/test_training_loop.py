@@ -1,4 +1,4 @@
-"""The loop: the same gradients however a step is cut, and no checkpoint half written."""
+"""The loop: the same gradients however a step is split, and no incomplete checkpoint."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ from two_processes import run_in_two
 # ---- the plan ------------------------------------------------------------------------------------------------
 
 
-def test_an_epoch_has_every_window_once_in_an_order_of_its_own():
+def test_an_epoch_has_every_window_once_in_its_own_order():
     plan = Plan(seed=1, lengths=[3, 9, 4, 4, 20, 1, 7], step_tokens=12, batch_tokens=8)
     orders = [plan.order(epoch) for epoch in range(3)]
     assert all(sorted(order) == list(range(7)) for order in orders)
@@ -40,7 +40,7 @@ def test_an_epoch_has_every_window_once_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 9])
-def test_ranks_share_a_step_and_have_as_many_batches_each(ranks):
+def test_ranks_share_a_step_in_equal_numbers_of_batches(ranks):
     plan = Plan(seed=1, lengths=[3, 9, 4, 4, 20, 1, 7], step_tokens=99, batch_tokens=8)
     shares = [plan.batches(plan.order(0), rank, ranks) for rank in range(ranks)]
     assert sorted(w for share in shares for batch in share for w in batch) == list(range(7))
@@ -48,13 +48,13 @@ def test_ranks_share_a_step_and_have_as_many_batches_each(ranks):
     assert all(len(b) <= 1 or sum(plan.lengths[w] for w in b) <= 8 for share in shares for b in share)
 
 
-def test_seeds_of_dropout_are_those_of_epochs():
+def test_seeds_of_dropout_depend_on_the_epoch():
     seeds = {dropout_seed(seed, epoch) for seed in range(4) for epoch in range(4)}
     assert len(seeds) == 16
     assert all(0 <= seed < 2**62 for seed in seeds)
 
 
-def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
+def test_the_rate_rises_to_its_peak_and_falls_to_zero():
     assert [rate(step, 6, 2) for step in range(7)] == pytest.approx([1 / 3, 2 / 3, 1, 3 / 4, 1 / 2, 1 / 4, 0])
     assert [rate(step, 2, 0) for step in range(2)] == [1.0, 0.5]
 
@@ -64,8 +64,8 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing():
 
 @pytest.mark.parametrize("impl", ["native", "reference", pytest.param("triton", marks=pytest.mark.triton)])
 @pytest.mark.parametrize("kind", ["sentence", "token", "qa"])
-def test_dropout_goes_by_the_name_of_a_window(kind, impl):
-    """What a window's tokens lose does not depend on what it is packed with, nor where."""
+def test_dropout_depends_on_the_name_of_a_window(kind, impl):
+    """A window's masks do not depend on the other windows of a batch, nor on its place."""
     task, _, windows = task_of(kind, count=4)
     model = model_of(task, dropout=0.3, impl=impl).train()
 
@@ -84,7 +84,7 @@ def test_dropout_goes_by_the_name_of_a_window(kind, impl):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
-    """With dropout. The divisor is the whole step's, and a window's masks are its own."""
+    """With dropout. The divisor is the whole step's, and a window has its own masks."""
     whole = gradients(run_of(tmp_path, kind))
     exact = run_of(tmp_path, kind)
     exact.model.double()
@@ -92,15 +92,15 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
     for batch_tokens in (1, 40):
         parts = gradients(run_of(tmp_path, kind, batch_tokens=batch_tokens))
         for name, truth in exact.items():
-            # a softmax does not depend on what is added to all its scores: these have no gradient but for rounding
+            # a shift of all scores does not change a softmax: the gradient of these biases is only rounding
             if name.endswith("attention.self.key.bias") or name == "qa_outputs.bias":
                 continue
             error, allowed = ((g[name] - truth).norm() for g in (parts, whole))
             assert error <= 2 * allowed + 1e-6 * truth.norm() + 1e-9, name
 
 
-def test_each_epoch_drops_others(tmp_path):
-    """And the same epoch the same, whatever was computed before."""
+def test_each_epoch_has_other_dropout_masks(tmp_path):
+    """An epoch always has the same masks, whatever was computed before."""
     run = run_of(tmp_path)
     step = run.plan.steps(0)[0]
 
@@ -117,11 +117,11 @@ def test_each_epoch_drops_others(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_whole_steps_gradient_beside_the_plain_reference(kind, dtype, tmp_path):
-    """As the loop computes it: packed, in several batches, within autocast, with the same dropout. The reference takes
-    the same steps in the same dtype, and in float64 it is the truth; a gradient may have twice its error. A parameter
-    of all layers counts together, over several steps, since chance makes the error of a few numbers. (Each head beside
-    transformers, with dropout and without: test_heads.py.)"""
+def test_a_whole_steps_gradient_against_the_plain_reference(kind, dtype, tmp_path):
+    """As the loop computes it: packed, in several batches, within autocast, with the same dropout. The reference makes
+    the same step in the same dtype; its own error against float64 sets the budget. Errors of a parameter are summed
+    over all layers and several steps, since those of few numbers depend on chance. (test_heads.py compares heads with
+    transformers.)"""
     found = {}
     for who, impl in (("ours", "native"), ("plain", "reference"), ("truth", "reference")):
         precision = torch.float32 if who == "truth" else dtype
@@ -132,7 +132,7 @@ def test_a_whole_steps_gradient_beside_the_plain_reference(kind, dtype, tmp_path
             run.model.zero_grad()
             run._gradients(step, epoch)
             for name, p in run.model.named_parameters():
-                # no score of a text depends on its keys' bias: their gradient is rounding alone
+                # keys' biases do not change a softmax: their gradient is only rounding
                 if not name.endswith("attention.self.key.bias"):
                     place = re.sub(r"layer\.\d", "layer", name) if name.startswith("bert.") else "head"
                     of_name[place].append(p.grad.flatten().double())
@@ -156,7 +156,7 @@ def test_frozen_layers_stay_and_the_others_learn(tmp_path):
 
 
 def test_groups_of_parameters():
-    """Biases and LayerNorms do not decay; each layer learns at half the rate of the one above."""
+    """Biases and LayerNorms do not decay; each layer's rate is half of that of the layer above."""
     model = model_of(task_of("sentence")[0])
     groups = groups_of(model.named_parameters(), weight_decay=0.1, layer_decay=0.5)
     by_id = {id(p): (group["scale"], group["decay"]) for group in groups for p in group["params"]}
@@ -172,7 +172,7 @@ def test_groups_of_parameters():
 
 @pytest.mark.parametrize("corrected", [True, False])
 def test_steps_of_the_optimiser(corrected):
-    """Against the formulas, in float64."""
+    """Compared with the formulas in float64."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
     (beta1, beta2), eps, decay = (0.8, 0.95), 1e-3, 0.1
@@ -190,14 +190,14 @@ def test_steps_of_the_optimiser(corrected):
 
 
 def test_the_norm_of_the_gradient_is_limited(tmp_path):
-    """In the loop: after the first step the mean of the gradients is (1 - beta1) times a gradient of that norm."""
+    """In the loop, after the first step: the mean of the gradients is (1 - beta1) times a gradient of this norm."""
     run = run_of(tmp_path, clip=1e-3)
     run._step(run.plan.steps(0)[0], 0, [])
     means = [state["exp_avg"].flatten() for state in run.optimizer.state.values()]
     assert float(torch.cat(means).norm()) == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
-# ---- what goes wrong -----------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -213,7 +213,7 @@ def test_a_signal_finishes_the_step_and_saves(number, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "parameters"])
-def test_what_is_not_finite_ends_the_run_and_is_not_saved(what, tmp_path, monkeypatch):
+def test_values_that_are_not_finite_end_the_run_and_are_not_saved(what, tmp_path, monkeypatch):
     run = run_of(tmp_path, save_every=2)
     of_step = run._gradients
 
@@ -247,7 +247,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(moment, tmp_path, monkeypatch):
             (Path(kwargs["checkpoint_id"])).mkdir()
             (Path(kwargs["checkpoint_id"]) / "half").write_text("x")
         error = OSError(errno.ENOSPC, "No space left on device")
-        if moment == "reporting":  # as torch's writer does, with the system's error as the context of its own
+        if moment == "reporting":  # torch's writer raises its own error, with the system's as its context
             of_torch = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
             of_torch.__context__ = error
             error = checkpoints.dcp.CheckpointException("write", {0: (of_torch, None)})
@@ -271,11 +271,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(moment, tmp_path, monkeypatch):
 def test_a_run_ends_when_nothing_gets_better(tmp_path):
     run = run_of(tmp_path, evaluated=True, epochs=6, lr=0.0, patience=2)
     run.train()
-    assert run.progress.step == sum(run.steps_of_epochs[:3]), "the first epoch is the best, two more are not better"
+    assert run.progress.step == sum(run.steps_of_epochs[:3]), "the first epoch is the best, the next two are not better"
     again = run_of(tmp_path, evaluated=True, epochs=6, lr=0.0, patience=2)
     again.resume()
     again.train()
-    assert again.progress.step == run.progress.step, "going on does not begin another epoch"
+    assert again.progress.step == run.progress.step, "resuming does not begin another epoch"
 
 
 @pytest.mark.parametrize(("evaluations", "places"), [(1, [1.0]), (3, [1 / 3, 2 / 3, 1.0]), (99, None)])
@@ -294,7 +294,7 @@ def test_evaluations_are_spread_over_an_epoch(evaluations, places, tmp_path):
 
 
 def test_a_model_is_kept_also_where_its_metric_is_undefined(tmp_path):
-    """Pearson's correlation of constant predictions is: the last epoch's stays then, and later the best one's."""
+    """As Pearson's correlation of constant predictions: then the last epoch's model is kept, later the best one's."""
     run = run_of(tmp_path, epochs=5)
     values, kept = iter([math.nan, math.nan, 0.2, math.nan, 0.1]), []
     run.metric, run.evaluate = "pearson", lambda model: Scores({"pearson": next(values)}, {})
@@ -310,10 +310,9 @@ def test_a_model_is_kept_also_where_its_metric_is_undefined(tmp_path):
 
 @pytest.mark.once
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_train_as_one_and_their_checkpoint_is_anybodys(how, tmp_path):
-    """Tokens of a step are shared unevenly, with dropout and weights of classes; the last checkpoint is read by one
-    process. The mean of the weights is evaluated: the step after that was once computed with the means of what FSDP2
-    keeps gathered."""
+def test_two_processes_train_as_one_and_one_process_reads_their_checkpoint(how, tmp_path):
+    """Tokens of a step are shared unevenly, with dropout and weights of classes; one process reads the last checkpoint.
+    The mean of the weights is evaluated; with FSDP2, which keeps gathered weights, the next step used it."""
     run_in_two("training_models.py", tmp_path / "two", "token", how)
     options = {"evaluated": True, "class_weights": "b-x=3,o=.5", "average": 0.5, "evaluations": 2}
     run = run_of(tmp_path / "one", "token", **options)

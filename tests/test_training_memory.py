@@ -1,4 +1,4 @@
-"""Freed memory stays in a training process: its next step faults in no new pages."""
+"""Freed memory stays in a training process, so that its next step needs no new pages."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told anything")
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc has these settings")
 
 PROGRAM = """
 import resource
@@ -28,7 +28,7 @@ print(kept, without, faults())
 
 
 def run(**environment: str) -> tuple[str, int, int]:
-    """What `keep_freed_memory` returned, and the page faults of five buffers of 64 MB before and after it."""
+    """(result of `keep_freed_memory`, page faults of five buffers of 64 MB before it, and after it)."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], env=own | environment, capture_output=True, text=True, check=True
@@ -43,7 +43,7 @@ def test_large_buffers_stay():
     assert after < without / 20
 
 
-def test_settings_of_the_environment_are_left_alone():
+def test_settings_of_the_environment_are_respected():
     kept, without, after = run(MALLOC_ARENA_MAX="4")
     assert kept == "False"
     assert after > without / 2

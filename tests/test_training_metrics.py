@@ -1,6 +1,6 @@
-"""Metrics against the scripts and libraries that defined them: seqeval, SQuAD's, CMRC's, WNUT-17's, scikit-learn.
+"""Metrics compared with the scripts and libraries that define them: seqeval, SQuAD, CMRC, WNUT-17, scikit-learn.
 
-Values of the originals for 48 cases lie in the folder `shared`; random cases are compared with the library itself.
+The folder `shared` has the originals' values for 48 cases; random cases are compared with the library itself.
 """
 
 import json
@@ -43,14 +43,14 @@ def prf(gold, predicted, read=entities.lenient, average="micro"):
 
 def test_seqeval_cases(cases):
     for case in cases["seqeval"]:
-        # seqeval reads strictly only where a scheme is named as well
+        # seqeval is strict only if a scheme is named as well
         read = entities.strict if "scheme" in case["args"] else entities.lenient
         found = prf(case["true"], case["pred"], read, case["args"].get("average", "micro"))
         assert found == pytest.approx((case["precision"], case["recall"], case["f1"]), abs=1e-12), case["name"]
 
 
 def test_random_tags_as_seqeval_reads_them():
-    """Lenient is seqeval's default, strict its strict IOB2, over tags in any order."""
+    """Lenient is seqeval's default, strict its strict IOB2, for tags in any order."""
     seqeval = pytest.importorskip("seqeval.metrics", reason="needs the test extra")
     from seqeval.scheme import IOB2
 
@@ -63,14 +63,14 @@ def test_random_tags_as_seqeval_reads_them():
     draw = random.Random(0)
     for _ in range(60):
         gold, predicted = ([draw.choices(tags, k=n) for n in (1, 7, 12)] for _ in range(2))
-        # An entity of each: seqeval fails where none is read at all.
+        # An entity in each, because seqeval fails if there is none.
         gold[0], predicted[0] = ["B-PER"], ["B-PER"]
         assert prf(gold, predicted) == compared(gold, predicted)
         assert prf(gold, predicted, entities.strict) == compared(gold, predicted, mode="strict", scheme=IOB2)
 
 
 def test_tags_of_five_kinds():
-    """IOBES in the lenient reading: E- ends an entity, S- is one, and I- after either opens another."""
+    """IOBES read leniently: E- ends an entity, S- is one, and I- after either begins another."""
     tags = ["B-A", "E-A", "I-A", "S-A", "S-A", "O", "E-A", "B-A", "B-A"]
     spans = [(e.start, e.end) for e in entities.lenient(tags)]
     assert spans == [(0, 2), (2, 3), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9)]
@@ -124,7 +124,7 @@ def test_english_words_within_chinese(text, expected):
 
 def test_drcd_goes_by_characters():
     assert answers.score("drcd", ["臺北 市、Taiwan"], "臺北市taiwan") == (1.0, 1.0)
-    # three of four characters, wherever they stand: 2 * 3 / (4 + 3)
+    # three of four characters, in any place: 2 * 3 / (4 + 3)
     assert answers.score("drcd", ["臺北大學"], "大北臺") == pytest.approx((0.0, 6 / 7))
 
 
@@ -135,9 +135,9 @@ def test_no_answer_where_squad_allows_it():
     assert scores.values["f1"] == pytest.approx((2 / 3 + 1.0 + 0.0) / 3)
     assert scores.values["exact_match"] == pytest.approx(1 / 3)
     assert scores.values["has_answer_f1"] == pytest.approx(2 / 3)
-    # after normalising, the gold answer "the" is empty, and counts as no answer
+    # normalising makes the gold answer "the" empty, which counts as no answer
     assert scores.values["no_answer_f1"] == pytest.approx(1 / 2)
-    # beside another gold answer such a one does not make silence right
+    # with another gold answer beside it, no answer is wrong
     assert answers.score("squad_v2", ["the", "tower"], "") == (0.0, 0.0)
 
 
@@ -146,7 +146,7 @@ def test_unanswered_question_counts_as_wrong():
 
 
 def test_threshold_is_the_best_of_all():
-    """Against every threshold there is, where several questions share a difference."""
+    """Compared with every possible threshold, if several questions have the same difference."""
     draw = random.Random(1)
     for _ in range(50):
         keys = range(draw.randint(1, 8))
@@ -199,7 +199,7 @@ def test_correlation_of_tiny_and_huge_numbers(scale):
 
 
 def test_constant_predictions_are_never_the_best():
-    # the mean of three times 0.1 is not 0.1
+    # in floating point the mean of three times 0.1 is not 0.1
     assert math.isnan(metrics.pearson([1, 2, 3], [0.1, 0.1, 0.1]))
     assert metrics.is_better(0.1, None)
     assert metrics.is_better(-0.5, math.nan)
@@ -207,8 +207,8 @@ def test_constant_predictions_are_never_the_best():
     assert not metrics.is_better(0.5, 0.5)
 
 
-def test_scores_say_what_they_mean():
-    """Every value has its definition, and F1 of two labels names the one that it is of."""
+def test_scores_have_definitions():
+    """Every value has its definition, and F1 of two labels names its label."""
     for scores in (
         metrics.class_scores([0, 1], [0, 0], ["negative", "positive"]),
         metrics.number_scores([1.0, 2.0], [1.0, 1.5]),

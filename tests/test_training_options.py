@@ -1,4 +1,4 @@
-"""What a run may be asked for besides: weights of classes, less memory for activations, TensorBoard."""
+"""Options of a training: weights of classes, less memory for activations, TensorBoard."""
 
 import json
 import sys
@@ -38,20 +38,20 @@ def test_weights_of_labels():
         ("yes=inf", "expected a number, got 'inf'"),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(given, message):
+def test_invalid_weights_are_refused(given, message):
     with pytest.raises(DataError, match=message):
         class_weights(given, ["No", "Yes"], {0: 1, 1: 1})
 
 
-def test_what_has_no_classes_has_no_weights():
+def test_tasks_without_classes_refuse_weights():
     task, _, windows = task_of("qa", count=2)
     with pytest.raises(DataError, match="--class-weights is for classes, and --task qa has none"):
         task.weigh("balanced", windows)
 
 
 @pytest.mark.parametrize("kind", ["sentence", "token"])
-def test_balanced_weights_count_what_is_learnt(kind):
-    """Examples, or words: not pieces, and a word of several windows once."""
+def test_balanced_weights_count_examples_or_words(kind):
+    """Not pieces; a word in several windows counts once."""
     task, examples, windows = task_of(kind)
     task.weigh("balanced", windows)
     labels = [e.label for e in examples] if kind == "sentence" else [tag for e in examples for tag in e.tags]
@@ -59,13 +59,12 @@ def test_balanced_weights_count_what_is_learnt(kind):
     for label, weight in zip(task.labels, task.class_weights, strict=True):
         expected = len(labels) / (len(occurring) * labels.count(label)) if label in occurring else 1.0
         assert weight == pytest.approx(expected)
-    assert sum(map(task.weight, windows)) == pytest.approx(len(labels)), "a balanced mean is a mean over all of them"
+    assert sum(map(task.weight, windows)) == pytest.approx(len(labels)), "the weights add up to the number of labels"
 
 
 @pytest.mark.parametrize("kind", ["sentence", "token"])
-def test_a_weighted_step_is_torchs_weighted_mean_however_it_is_cut(kind, tmp_path):
-    """In float64, with dropout off: the loss and every gradient of a step are those of torch's cross_entropy over the
-    whole step at once."""
+def test_a_weighted_step_is_torchs_weighted_mean_however_it_is_split(kind, tmp_path):
+    """In float64, without dropout: loss and gradients are those of torch's cross_entropy over the whole step."""
     options = {"kind": kind, "class_weights": "late=3,early=.25" if kind == "sentence" else "b-x=7,o=.5"}
     plain = run_of(tmp_path, **options)
     task, model = plain.task, plain.model.double().eval()
@@ -87,7 +86,7 @@ def test_a_weighted_step_is_torchs_weighted_mean_however_it_is_cut(kind, tmp_pat
             torch.testing.assert_close(found[name], truth, atol=1e-10, rtol=1e-8, msg=name)
 
 
-def test_weights_are_no_part_of_the_state(tmp_path):
+def test_class_weights_are_not_part_of_the_state(tmp_path):
     run = run_of(tmp_path, class_weights="balanced")
     assert run.model.class_weights.shape == (2,)
     assert not [name for name in run.model.state_dict() if "class_weights" in name]
@@ -99,8 +98,8 @@ def test_weights_are_no_part_of_the_state(tmp_path):
 @pytest.mark.parametrize("impl", ["native", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["sentence", "token"])
-def test_activations_computed_again_give_the_same_bits(kind, dtype, impl, tmp_path):
-    """With dropout; a classifier of the first token computes its last layer for that alone."""
+def test_recomputed_activations_have_the_same_bits(kind, dtype, impl, tmp_path):
+    """With dropout. A classifier of the first token computes its last layer only for that token."""
     kept, again = (run_of(tmp_path, kind, dtype=dtype, impl=impl) for _ in range(2))
     again.model.gradient_checkpointing_enable()
     assert again.model.is_gradient_checkpointing
@@ -108,15 +107,15 @@ def test_activations_computed_again_give_the_same_bits(kind, dtype, impl, tmp_pa
     for layer in again.model.bert.encoder["layer"]:
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
     expected, found = gradients(kept), gradients(again)
-    assert len(calls) == 2 * len(again.model.bert.encoder["layer"]), "each layer runs once more"
+    assert len(calls) == 2 * len(again.model.bert.encoder["layer"]), "each layer runs twice"
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
     again.model.gradient_checkpointing_disable()
     assert not again.model.is_gradient_checkpointing
 
 
-def test_activations_that_are_not_kept_save_memory():
-    """What is allocated at most in a step of eight layers, as torch's profiler counts it."""
+def test_recomputing_activations_saves_memory():
+    """The peak of allocated memory in a step of eight layers, as torch's profiler counts it."""
     task, _, windows = task_of("token")
 
     def peak(checkpointing: bool) -> int:
@@ -136,7 +135,7 @@ def test_activations_that_are_not_kept_save_memory():
     assert peak(True) < 0.5 * peak(False)
 
 
-def test_in_evaluation_nothing_is_computed_again(tmp_path):
+def test_evaluation_computes_nothing_twice(tmp_path):
     run = run_of(tmp_path)
     run.model.gradient_checkpointing_enable()
     calls = []
@@ -182,11 +181,11 @@ def test_scalars_for_tensorboard(tmp_path, monkeypatch):
     with Board(tmp_path / "tensorboard", 5) as board:
         board.write({"step": 6, "scores": {"pearson": None}})
     assert made[2] == (str(tmp_path / "tensorboard"), 6)
-    assert written[-1][0] != "eval/pearson", "what is undefined is no scalar"
+    assert written[-1][0] != "eval/pearson", "an undefined score is not written"
 
 
 @pytest.mark.once
-def test_real_tensorboard_reads_what_is_written(tmp_path):
+def test_tensorboard_reads_the_files(tmp_path):
     pytest.importorskip("tensorboard", reason="needs the package tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

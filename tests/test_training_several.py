@@ -1,4 +1,4 @@
-"""Any number of labels a text, and next sentences: from files to predictions, beside scikit-learn and transformers."""
+"""Any number of labels for a text, and next sentences: from files to predictions, compared with other libraries."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def config() -> BertConfig:
 
 @pytest.fixture(scope="module")
 def bert(config, tmp_path_factory) -> Path:
-    """A plain BERT of letters."""
+    """A plain BERT whose vocabulary is the letters."""
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     BertModel(config).save_pretrained(folder)
@@ -43,7 +43,7 @@ def bert(config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(config, tmp_path_factory) -> Path:
-    """One that has both heads of pre-training."""
+    """A BERT with both heads of pre-training."""
     folder = tmp_path_factory.mktemp("pretrained")
     torch.manual_seed(1)
     BertForPreTraining(config).save_pretrained(folder)
@@ -54,7 +54,7 @@ def pretrained(config, tmp_path_factory) -> Path:
 # ---- any number of labels ------------------------------------------------------------------------------------
 
 
-def test_scores_of_several_labels_as_scikit_learn_has_them():
+def test_scores_of_several_labels_equal_those_of_scikit_learn():
     reference = pytest.importorskip("sklearn.metrics", reason="needs the test extra")
     draw = np.random.default_rng(0)
     for n_labels, share in ((2, 0.5), (5, 0.3), (3, 0.05)):
@@ -89,8 +89,8 @@ def test_cells_with_several_labels():
             class_names(value, "line 3")
 
 
-def test_targets_go_by_the_names_of_labels():
-    """A label that comes twice counts once; the items of a loss are a text's labels, those that it has not too."""
+def test_targets_follow_the_names_of_labels():
+    """A repeated label counts once. The loss has an item for each label of a text, present or not."""
     task, examples, windows = task_of("several")
     numbers = {label: i for i, label in enumerate(task.labels)}
     for example, window in zip(examples, windows, strict=True):
@@ -111,13 +111,13 @@ def test_a_label_is_predicted_above_one_half():
     np.testing.assert_allclose(prediction, [1 / (1 + np.exp(-2.0)), 0.5, 1.0])
     record = task.record(None, prediction, True)
     assert [found["label"] for found in record["labels"]] == ["c", "a"], (
-        "the likeliest first, and one half is not above"
+        "the likeliest label comes first, and one half is not above one half"
     )
     assert list(record["scores"]) == ["a", "b", "c"]
 
 
 def test_several_labels_from_file_to_file(bert, tmp_path, capsysbinary):
-    """Learnt from a table and from .jsonl, read by transformers, and gone on with by name."""
+    """Learnt from a table and from .jsonl, read by transformers, and continued by the names of labels."""
     draw = random.Random(0)
     rows = []
     for _ in range(48):
@@ -171,7 +171,7 @@ def test_several_labels_from_file_to_file(bert, tmp_path, capsysbinary):
         ("text\tlabel\na\tx\nb\tx|y\n", ("--class-weights", "balanced"), "--class-weights is for one label a text"),
     ],
 )
-def test_bad_examples_are_named_in_one_line(bert, tmp_path, capsys, content, others, message):
+def test_errors_in_examples_are_one_line(bert, tmp_path, capsys, content, others, message):
     (tmp_path / "a.tsv").write_text(content)
     base = ("finetune", "--model", bert, "--task", "sentence", "--multi-label", *CPU, "-q", "--out", tmp_path / "out")
     assert run(*base, "--train", tmp_path / "a.tsv", *others) != 0
@@ -192,7 +192,7 @@ def test_texts_to_be_scored_may_all_be_without_labels(bert, tmp_path):
     assert 0.0 <= scores["subset_accuracy"] <= 1.0
 
 
-def test_several_labels_are_of_texts(bert, tmp_path, capsys):
+def test_several_labels_are_for_texts_only(bert, tmp_path, capsys):
     assert run("finetune", "--task", "token", "--multi-label", "--train", "x", "--out", tmp_path / "out") == 2
     assert "--multi-label is for texts and pairs, not for --task token" in capsys.readouterr().err
 
@@ -200,7 +200,7 @@ def test_several_labels_are_of_texts(bert, tmp_path, capsys):
 # ---- next sentences ------------------------------------------------------------------------------------------
 
 
-def test_a_pretrained_model_says_whether_a_text_follows(pretrained, tmp_path, capsysbinary):
+def test_a_pretrained_model_predicts_next_sentences(pretrained, tmp_path, capsysbinary):
     transformers = pytest.importorskip("transformers", reason="needs the test extra")
     pairs = [("a b", "c d"), ("a", "ab bc cd"), ("e f g", "a")]
     (tmp_path / "pairs.tsv").write_text("text1\ttext2\n" + "".join(f"{a}\t{b}\n" for a, b in pairs))

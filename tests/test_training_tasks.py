@@ -1,4 +1,4 @@
-"""From what a head says to what a task answers: spans over windows, tags of words, probabilities and their names."""
+"""From a head's outputs to a task's answers: spans over windows, tags of words, probabilities by label."""
 
 import random
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("longest", [1, 3, 50])
 def test_the_best_spans_over_all_windows(tokenizer, longest):
-    """Against every span: from a token of its window's own, to one of the same window, and not too long."""
+    """Compared with every span that begins at a window's own token, ends in this window and is not too long."""
     draw = random.Random(0)
     context = " ".join(draw.choices("abcdefghij", k=40))
     windows = question_features(tokenizer, [Question("q", "a b", context)], 24, 8, training=False, longest=30).windows
@@ -49,7 +49,7 @@ def test_the_best_spans_over_all_windows(tokenizer, longest):
     assert null == pytest.approx(min(of_window[0].sum() for of_window in logits))
 
 
-def test_an_answer_is_the_exact_text_and_silence_is_a_matter_of_the_threshold(tokenizer):
+def test_an_answer_is_the_exact_text_or_none_by_the_threshold(tokenizer):
     question = Question("q", "a", "b  C,d e", [Answer("C", 3)])
     task = make_task(Spec("qa", "squad_v2", max_length=20, threshold=0.5), tokenizer)
     (window,) = task.features([question], training=False).windows
@@ -63,7 +63,7 @@ def test_an_answer_is_the_exact_text_and_silence_is_a_matter_of_the_threshold(to
     logits[0] = 3.7
     (prediction,) = task.predictions([question], [window], [logits])
     assert prediction["null_difference"] == pytest.approx(0.4, abs=1e-6)
-    assert task.record(question, prediction, False)["answer"] == "C,d", "0.4 above the best is not above the threshold"
+    assert task.record(question, prediction, False)["answer"] == "C,d", "0.4 above it is not above the threshold"
     logits[0] = 3.8
     (prediction,) = task.predictions([question], [window], [logits])
     record = task.record(question, prediction, True)
@@ -71,7 +71,7 @@ def test_an_answer_is_the_exact_text_and_silence_is_a_matter_of_the_threshold(to
     assert 0.5 < record["score"] < 1.0
 
 
-def test_a_context_of_nothing_has_no_answer(tokenizer):
+def test_an_empty_context_has_no_answer(tokenizer):
     question = Question("q", "a", " ", [])
     task = make_task(Spec("qa", "squad", max_length=20), tokenizer)
     windows = task.features([question], training=False).windows
@@ -89,7 +89,7 @@ def test_a_context_of_nothing_has_no_answer(tokenizer):
 
 
 def test_each_word_has_the_tag_of_its_own_window(tokenizer):
-    """A model that knows the tags: words of long sentences, with several pieces, in batches of several windows."""
+    """With a model that knows the tags, long sentences, words of several pieces, and batches of several windows."""
     task, examples, windows = task_of("token")
     assert len(windows) >= len(examples)
     targets = torch.tensor([max(label, 0) for window in windows for label in window.target])
@@ -101,7 +101,7 @@ def test_each_word_has_the_tag_of_its_own_window(tokenizer):
     assert sum(task.weight(w) for w in windows) == sum(len(e.words) for e in examples)
 
 
-def test_an_entity_lies_at_its_characters_and_its_score_is_its_words_mean(tokenizer):
+def test_an_entity_has_its_characters_and_the_mean_score_of_its_words(tokenizer):
     task = make_task(Spec("token", "entity_f1"), tokenizer, ["O", "B-x", "I-x"])
     prediction = [("O", 0.9), ("B-x", 0.8), ("I-x", 0.6)]
     joined = task.record(Sentence("s", ["ab", "c", "def"], None), prediction, False)
@@ -132,8 +132,8 @@ def test_the_order_of_labels(labels, given, of_model, names):
     assert classes_of(texts(*labels), given, of_model) == names
 
 
-def test_what_is_learnt_goes_by_the_names_of_labels(tokenizer):
-    """Not by the order in which they come."""
+def test_training_follows_the_names_of_labels(tokenizer):
+    """It does not follow the order in which they appear."""
     task = make_task(Spec("sentence", "accuracy"), tokenizer)
     examples = texts("b", "A", "B")
     task.settle(examples, None, None)
@@ -143,7 +143,7 @@ def test_what_is_learnt_goes_by_the_names_of_labels(tokenizer):
     assert task.targets(examples) == [0, 1, 0]
 
 
-def test_labels_that_are_one_name_are_refused():
+def test_labels_with_the_same_name_are_refused():
     with pytest.raises(DataError, match="two labels have one name: a, A"):
         classes_of(texts("a", "b"), ("a", "A"), None)
 
@@ -157,7 +157,7 @@ def test_tags_are_complete_and_in_order():
         tags_of(sentences, ["O", "B-x-z"])
 
 
-def test_texts_to_predict_need_no_label_and_their_columns_have_no_option(tokenizer, tmp_path):
+def test_texts_to_predict_need_no_label_and_have_no_columns_option(tokenizer, tmp_path):
     task, table = make_task(Spec("sentence", "accuracy"), tokenizer), tmp_path / "texts.tsv"
     table.write_text("sentence\nb\n", encoding="utf-8")
     assert [example.text for example in task.read(table, gold=False)] == ["b"]

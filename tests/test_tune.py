@@ -1,4 +1,4 @@
-"""`tuning.tune`: the search finds what a fake clock calls fastest, and only what is right is timed and pasted."""
+"""`tuning.tune` finds what a fake clock calls fastest; only correct configs are timed and printed for pasting."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def shape_of(kernel, model="tiny", arch="sm_90", dtype=torch.float16) -> tunable
 
 @dataclass(frozen=True)
 class Fake:
-    """A config whose time is `seconds[...]` of the module that stands in for a kernel module."""
+    """A config whose time is given by the fake kernel module."""
 
     block: int = 1
     warps: int = 1
@@ -51,11 +51,11 @@ VENDOR_FAKE = Fake(vendor=True)
 
 @pytest.fixture
 def kernel_module(monkeypatch):
-    """A module with a launcher that asks for a config, and a clock that reads what the config costs."""
+    """A module with a launcher that asks for a config, and a clock that reads the config's cost."""
     module = types.ModuleType("fastbert.kernels._fake")
     module.config = lambda: LADDER
     module.ran = []
-    # the best, block 16 with one warp, is two steps away, and neither of them is worse than the ladder's
+    # the best config, block 16 with one warp, is two steps away, and both steps are improvements
     module.cost = lambda c: 1.0 + abs(c.block - 16) / 16 + abs(c.warps - 1) / 8
     module.wrong, module.broken, module.lazy = set(), set(), set()
 
@@ -65,7 +65,7 @@ def kernel_module(monkeypatch):
         if config in module.broken:
             raise RuntimeError("out of shared memory")
         out = torch.empty(100)
-        # where nobody writes and memory is as it was left, it holds what an earlier config left there: the right answer
+        # a lazy config writes nothing, so in reused memory its result would be an earlier config's right one
         if config not in module.lazy or not out.isnan().all():
             out.copy_(torch.arange(100.0) + (1 if config in module.wrong else 0))
         return [out]
@@ -97,7 +97,7 @@ CEILINGS = {"gemm_tflops": {}, "copy_gbs": 1.0}
 
 
 class Told:
-    """A compiler that says what a test wants."""
+    """A compiler that answers what a test tells it."""
 
     def __init__(self, failing=()):
         self.failing, self.asked = failing, []
@@ -132,7 +132,7 @@ def test_the_fastest_is_found_confirmed_and_printed(kernel_module, whole_grid):
     assert (len(tried) == 16) if whole_grid else (len(tried) < 16)
 
 
-def test_where_nothing_is_better_the_ladder_stands(kernel_module):
+def test_without_a_better_config_the_ladder_stays(kernel_module):
     kernel_module.cost = lambda c: 1.0 if c == LADDER else 1.2
     found = swept(fake_kernel(kernel_module))
     assert found["better"] is None
@@ -141,14 +141,14 @@ def test_where_nothing_is_better_the_ladder_stands(kernel_module):
     assert found["paste"][2] == "    return Fake(block=4, warps=4)"
 
 
-def test_a_win_within_the_noise_is_none(kernel_module):
+def test_a_win_within_the_noise_does_not_count(kernel_module):
     kernel_module.cost = lambda c: 0.995 if c == Fake(8, 4) else 1.0
     found = swept(fake_kernel(kernel_module))
     assert found["better"] is None
     assert found["paste"][2] == "    return Fake(block=4, warps=4)"
 
 
-def test_a_win_that_does_not_come_back_is_none(kernel_module):
+def test_a_win_that_is_not_confirmed_does_not_count(kernel_module):
     kernel_module.cost = lambda c: 0.5 if c == Fake(8, 4) and kernel_module.ran.count(c) <= 5 else 1.0
     found = swept(fake_kernel(kernel_module))
     assert any((row["ratio_to_ours"] or {"value": 1})["value"] < 0.6 for row in found["rows"])
@@ -156,9 +156,10 @@ def test_a_win_that_does_not_come_back_is_none(kernel_module):
 
 
 @pytest.mark.parametrize("how", ["wrong", "broken", "lazy"])
-def test_what_is_not_right_has_no_time_and_is_never_pasted(kernel_module, how):
-    """`lazy` writes nothing: memory that an earlier config wrote must not pass for its output."""
-    torch.use_deterministic_algorithms(False)  # with it goes the poisoned memory of tests; tune has to bring its own
+def test_wrong_configs_have_no_time_and_are_never_pasted(kernel_module, how):
+    """`lazy` writes nothing: memory that an earlier config wrote must not count as its output."""
+    # this turns off the tests' poisoned memory; tune must poison memory itself
+    torch.use_deterministic_algorithms(False)
     getattr(kernel_module, how).update({Fake(16, 1), Fake(16, 2)})
     found = swept(fake_kernel(kernel_module), whole_grid=True)
     rows = {row["config"]: row for row in found["rows"]}
@@ -172,7 +173,7 @@ def test_what_is_not_right_has_no_time_and_is_never_pasted(kernel_module, how):
 
 
 @pytest.mark.parametrize("how", ["wrong", "broken"])
-def test_where_the_ladders_own_is_not_right_the_best_of_the_right_ones_is(kernel_module, how):
+def test_if_the_ladders_config_is_wrong_the_best_right_one_wins(kernel_module, how):
     getattr(kernel_module, how).add(LADDER)
     found = swept(fake_kernel(kernel_module))
     assert found["better"] == repr(Fake(16, 1))
@@ -181,17 +182,17 @@ def test_where_the_ladders_own_is_not_right_the_best_of_the_right_ones_is(kernel
     assert "the ladder's  " in tune.table(found["rows"])
 
 
-def test_what_the_compiler_fails_never_runs(kernel_module):
+def test_configs_that_do_not_compile_never_run(kernel_module):
     compiler = Told(failing={Fake(16, 1), Fake(16, 4)})
     found = swept(fake_kernel(kernel_module), compiler)
     assert not {Fake(16, 1), Fake(16, 4)} & set(kernel_module.ran)
     pruned = [row for row in found["rows"] if row["status"] == "pruned"]
     assert {row["reason"] for row in pruned} == {"spills (7)"}
-    assert LADDER in compiler.asked  # its registers stand in the table too
+    assert LADDER in compiler.asked  # the table also shows its registers
     assert "100" in tune.table(found["rows"]).splitlines()[1]
 
 
-def test_at_most_so_many_and_no_more_when_the_time_is_up(kernel_module):
+def test_limits_of_configs_and_of_time(kernel_module):
     found = swept(fake_kernel(kernel_module), most=2)
     assert len({row["config"] for row in found["rows"]}) == 3
     assert not found["complete"]
@@ -201,7 +202,7 @@ def test_at_most_so_many_and_no_more_when_the_time_is_up(kernel_module):
     assert not found["complete"]
 
 
-def test_a_product_says_who_multiplies(kernel_module, monkeypatch):
+def test_a_product_names_the_implementation(kernel_module, monkeypatch):
     monkeypatch.setattr(tune_table, "gemm_sizes", lambda form, shape: (3072, 768))
     kernel_module.cost = lambda c: 0.5 if c.vendor else 1.0 + abs(c.block - 16) / 16
     found = swept(fake_kernel(kernel_module, "gemm:nt+act", (VENDOR_FAKE,)))
@@ -213,7 +214,7 @@ def test_a_product_says_who_multiplies(kernel_module, monkeypatch):
     assert "2.00 times as long" in found["paste"][-1]
 
 
-def test_where_the_vendor_stands_our_best_tile_is_looked_for_all_the_same(kernel_module, monkeypatch):
+def test_our_best_tile_is_found_even_if_the_vendor_is_faster(kernel_module, monkeypatch):
     monkeypatch.setattr(tune_table, "gemm_sizes", lambda form, shape: (768, 768))
     kernel_module.config = lambda: VENDOR_FAKE
     kernel_module.cost = lambda c: 2.0 if c.vendor else 1.0 + abs(c.block - 16) / 16
@@ -240,8 +241,8 @@ def test_the_compiler_is_asked_in_another_process():
 
 
 @pytest.mark.parametrize("deadly", [True, False])
-def test_a_compiler_that_dies_costs_one_config(monkeypatch, deadly):
-    """A worker that aborts breaks the pool for all questions: each is asked once more, alone."""
+def test_a_compiler_that_dies_affects_one_config(monkeypatch, deadly):
+    """A worker that aborts breaks the pool for all configs: each is tried once more, alone."""
 
     class Pool:
         def __init__(self, alone):
@@ -272,7 +273,7 @@ def test_a_compiler_that_dies_costs_one_config(monkeypatch, deadly):
 # ---- the command -----------------------------------------------------------------------------------------
 
 
-def test_help_teaches(capsys):
+def test_help_explains_the_command(capsys):
     with pytest.raises(SystemExit):
         tune.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -287,7 +288,7 @@ def test_list_names_every_kernel_and_value(capsys):
     assert "    num_stages: 1, 2, 3, 4\n" in text
 
 
-def test_without_a_gpu_it_says_so_and_rehearses(monkeypatch, capsys):
+def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_device, "INTERPRETING", False)
@@ -318,8 +319,8 @@ def test_a_rehearsal_runs_checks_and_writes(tmp_path, capsys):
 
 
 @needs_interpreter
-def test_a_wrong_ladder_is_the_exit_code(monkeypatch, capsys):
-    """The kernel's own config gives wrong numbers: said, and the exit code is 1."""
+def test_a_wrong_config_of_the_ladder_sets_the_exit_code(monkeypatch, capsys):
+    """If the kernel's own config gives wrong numbers, this is printed, and the exit code is 1."""
     kernel = KERNELS["pool_rows"]
 
     def off_by_one(shape):
@@ -327,7 +328,7 @@ def test_a_wrong_ladder_is_the_exit_code(monkeypatch, capsys):
         return replace(job, run=lambda: [t + 1 for t in job.run()])
 
     monkeypatch.setattr(tune_table, "named", lambda names: [replace(kernel, job=off_by_one)])
-    assert tune.main(["--rehearse", "--most", "0"]) == 0  # nothing was run
+    assert tune.main(["--rehearse", "--most", "0"]) == 0  # nothing ran
     assert tune.main(["--rehearse", "--most", "1"]) == 1
     assert "the ladder's  wrong: relative RMS error" in capsys.readouterr().out
 
@@ -351,7 +352,7 @@ def test_the_ladder_has_a_step_for_every_model(kernel_module):
         (["--dtype", "int8", "--kernel", "pool_rows"], "dtype must be auto or one of"),
     ],
 )
-def test_what_is_asked_wrongly_is_said(arguments, message, monkeypatch, capsys):
+def test_invalid_arguments_are_refused(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(_device, "INTERPRETING", True)
     monkeypatch.setattr(tune_search.Compiler, "_start", staticmethod(lambda jobs: None))
     assert tune.main(arguments) == 2

@@ -1,4 +1,4 @@
-"""The kernels that `tuning.tune` knows: a config reaches its launcher and its compile cases, and nobody else's."""
+"""The kernels of `tuning.tune`: a config reaches its own launcher and compile cases, and no others."""
 
 import ast
 import json
@@ -43,7 +43,7 @@ def test_the_launcher_asks_where_the_table_says(name, monkeypatch):
     before = [getattr(*tunables.place(seam)) for seam in kernel.seams]
     run = kernel.job(shape).run
     if "bwd" in name or name in ("embedding_scatter", "pool_rows"):
-        run()  # a forward is kept, so that what asks next is the backward
+        run()  # the forward pass has run, so the next to ask is the backward pass
 
     def refuse(put):
         def patched(original, config):
@@ -61,7 +61,7 @@ def test_the_launcher_asks_where_the_table_says(name, monkeypatch):
     spied = replace(kernel, seams={seam: refuse(put) for seam, put in kernel.seams.items()})
     with tunables.using(spied, object()), pytest.raises(Asked):
         run()
-    assert [getattr(*tunables.place(seam)) for seam in kernel.seams] == before  # an error leaves nothing behind
+    assert [getattr(*tunables.place(seam)) for seam in kernel.seams] == before  # an error restores everything
 
 
 CASES = """
@@ -85,7 +85,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def cases():
-    """kernel -> its compile cases for the ladder's config, for one with 32 warps, and for the ladder's again."""
+    """kernel -> its compile cases for the ladder's config, for one with 32 warps, and for the ladder's config again."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
@@ -97,7 +97,7 @@ def cases():
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiled_cases_are_those_of_the_config(name, cases):
-    """The offline compiler is asked about the config, not about the ladder's own; afterwards the ladder is back."""
+    """The offline compiler gets the config in question instead of the ladder's, which is restored afterwards."""
     ladders, others, again = cases[name]
     assert ladders, "its work launches no such kernel"
     assert {warps for _, warps in others} == {32}
@@ -106,7 +106,7 @@ def test_compiled_cases_are_those_of_the_config(name, cases):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_neighbours_differ_in_one_field_and_the_grid_is_whole(name):
+def test_neighbours_differ_in_one_field_and_the_grid_is_complete(name):
     kernel = KERNELS[name]
     shape = shape_of(kernel, "base", dtype=torch.bfloat16)
     begin = kernel.current(shape)
@@ -124,7 +124,7 @@ def test_neighbours_differ_in_one_field_and_the_grid_is_whole(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_rung_is_python_that_gives_the_config_back(name):
+def test_a_printed_rung_is_python_that_returns_the_config(name):
     kernel = KERNELS[name]
     shape = shape_of(kernel, "base", dtype=torch.bfloat16)
     config = kernel.current(shape)
@@ -141,7 +141,7 @@ def test_a_rung_is_python_that_gives_the_config_back(name):
         assert eval(call, known) == config
 
 
-def test_other_directions_and_forms_keep_their_own():
+def test_other_directions_and_forms_keep_their_configs():
     from fastbert.kernels import _attention_launch, _gemm
 
     with tunables.using(KERNELS["attention_bwd_dq"], "mine"):
@@ -155,13 +155,14 @@ def test_other_directions_and_forms_keep_their_own():
     assert "mine" not in (fused, other)
 
 
-def test_bulk_copies_and_register_limits_only_where_there_are_such():
+def test_bulk_copies_and_register_limits_only_where_supported():
     gemm, attention = KERNELS["gemm:nt+act"], KERNELS["attention_fwd"]
     bulk = GemmConfig(128, 128, 64, bulk=True, flatten=True, programs_per_sm=1)
     assert gemm.allowed(bulk, shape_of(gemm))
     assert not gemm.allowed(bulk, shape_of(gemm, arch="sm_80"))
     assert not gemm.allowed(bulk, shape_of(gemm, dtype=torch.float32))
-    assert not gemm.allowed(replace(bulk, programs_per_sm=0), shape_of(gemm))  # one tile: no loop to flatten
+    # one tile, so there is no loop to flatten
+    assert not gemm.allowed(replace(bulk, programs_per_sm=0), shape_of(gemm))
     assert not gemm.allowed(replace(bulk, block_m=256, block_n=256), shape_of(gemm))
     limited = replace(attention.current(shape_of(attention)), max_registers=168)
     assert attention.allowed(limited, shape_of(attention))

@@ -1,4 +1,4 @@
-"""`fastbert verify` and the helpers under it: a wrong operator is a failure, a right one is not."""
+"""`fastbert verify` and its helpers: a wrong operator fails, a right one passes."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def _run(*arguments: str) -> int:
     return main(["verify", "--device", "cpu", "--impl", "native", *arguments])
 
 
-# operator -> a way to be wrong that the budget must see
+# operator -> an error that the budget must detect
 WRONG = {
     "pool": lambda right: lambda x, cu, *a: right(x, cu, *a) * (1 + 1e-3),
     "add_layer_norm": lambda right: lambda x, r, w, b, eps, **o: right(x, r, w, b, eps + 1e-3, **o),
@@ -74,7 +74,7 @@ def test_a_wrong_operator_fails(op, monkeypatch, capsys):
 
 
 def test_a_wrong_gradient_alone_fails(monkeypatch):
-    """The forward is right to the bit, so only the backward row may fail, and it names the tensor."""
+    """The forward pass is exactly right, so only the backward row may fail, and it names the tensor."""
 
     class Halved(torch.autograd.Function):
         @staticmethod
@@ -104,7 +104,7 @@ def test_nan_fails(monkeypatch):
 @pytest.mark.parametrize(
     ("ours", "passed"),
     [
-        ([1.0, float("inf"), 2.0, float("nan")], True),  # plain torch's own
+        ([1.0, float("inf"), 2.0, float("nan")], True),  # plain torch's result
         ([1.0, 1e30, 2.0, 3.0], True),  # the truth
         ([1.0, -float("inf"), 2.0, 3.0], False),
         ([1.0, 1e29, 2.0, 3.0], False),
@@ -113,8 +113,8 @@ def test_nan_fails(monkeypatch):
         ([float("inf"), 1e30, 2.0, 3.0], False),
     ],
 )
-def test_where_plain_torch_overflows_not_everything_passes(ours, passed):
-    """The budget was twice an infinite error then, and any number passed, at these elements and at all others."""
+def test_an_overflow_of_plain_torch_does_not_make_everything_pass(ours, passed):
+    """The budget was twice an infinite error, so any number passed, at these and at all other elements."""
     plain, truth = torch.tensor([1.0, float("inf"), 2.0, float("nan")]), torch.tensor([1.0, 1e30, 2.0, 3.0])
     assert Check("out", *error_and_budget(torch.tensor(ours), plain, truth.double())).passed == passed
 
@@ -164,7 +164,7 @@ def test_unknown_choices_are_usage_errors(arguments, capsys):
     assert "invalid choice" in capsys.readouterr().err
 
 
-def test_a_device_that_is_not_there_is_one_line(capsys):
+def test_a_missing_device_is_one_line(capsys):
     assert main(["verify", "--device", "cuda:99", "--op", "pool"]) == 2
     assert main(["verify", "--device", "abacus", "--op", "pool"]) == 2
     err = capsys.readouterr().err
@@ -190,7 +190,7 @@ def test_bf16_gets_more_only_in_the_interpreter(monkeypatch):
     assert seen == [2.0, 2.0, 4.0] + [2.0] * 6
 
 
-def test_real_shapes_are_for_gpus_and_for_who_asks(monkeypatch):
+def test_real_shapes_run_on_gpus_or_on_request(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert cases.shapes_of("auto", cpu) == cases.shapes_of("small", cuda) == verify.SMALL
     assert cases.shapes_of("real", cpu) == cases.shapes_of("auto", cuda)
@@ -207,7 +207,7 @@ def test_real_shapes_are_for_gpus_and_for_who_asks(monkeypatch):
     assert set(seen) == {512, 4096}
 
 
-def test_interrupted_it_shows_what_was_done_and_fails(monkeypatch, capsys):
+def test_an_interrupted_run_shows_its_results_and_fails(monkeypatch, capsys):
     def steps(work, *_):
         yield verify.Result(work[0], (Check("out", 0.0, 1.0), Check("dx", 0.0, 1.0)))
         raise KeyboardInterrupt
@@ -221,7 +221,7 @@ def test_interrupted_it_shows_what_was_done_and_fails(monkeypatch, capsys):
 
 @pytest.mark.once
 def test_without_a_gpu_it_starts_the_interpreter():
-    """A fresh process, as a user starts it: no TRITON_INTERPRET in the environment."""
+    """A new process, as a user starts it: without TRITON_INTERPRET in the environment."""
     if torch.cuda.is_available() or functional.why_not_triton(torch.device("cuda")):
         pytest.skip("needs triton, and no GPU")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -240,11 +240,11 @@ def test_without_a_gpu_it_starts_the_interpreter():
 @pytest.mark.parametrize("op", INPUTS)
 def test_inputs_fit_every_operator_at_awkward_lengths(op, lengths):
     if op in ("linear_act", "feed_forward", "linear_cross_entropy") and sum(lengths) > 200:
-        pytest.skip("rows only; the operator does not see lengths")
+        pytest.skip("rows only: the operator has no lengths")
     checks = check_op(op, INPUTS[op](TINY, lengths), torch.float32, impl="reference")
     assert any(c.name.startswith("out") for c in checks)
     assert any(c.name.startswith("d") for c in checks)
-    if sum(lengths):  # cross_entropy's mean over nothing is NaN by definition
+    if sum(lengths):  # the mean of no losses is NaN by definition
         assert all(c.passed for c in checks), [str(c) for c in checks if not c.passed]
 
 
@@ -261,12 +261,12 @@ def test_compare_gives_the_same_rounded_inputs_and_gradients_to_all():
     assert [dtype for dtype, *_ in seen] == [torch.bfloat16, torch.bfloat16, torch.float64]
     assert all(torch.equal(x, seen[0][1]) for _, x, *_ in seen)
     assert all(mask is inputs["mask"] and factor.dtype == torch.float32 for *_, mask, factor in seen)
-    # ours is plain torch itself: exactly half of its own budget
+    # ours is plain torch itself, with exactly half of its own budget
     assert all(c.budget == pytest.approx(2 * c.error + 1e-7) for c in checks)
 
 
 def test_the_upstream_gradient_is_random():
-    """Under one of all ones, as from `.sum()`, this gradient in the wrong place would pass."""
+    """With an upstream gradient of ones, as from `.sum()`, this gradient in the wrong place would pass."""
 
     class Flipped(torch.autograd.Function):
         @staticmethod
@@ -281,7 +281,7 @@ def test_the_upstream_gradient_is_random():
     assert [(c.name, c.passed) for c in checks] == [("out", True), ("dx", False)]
 
 
-def test_workloads_are_what_they_say():
+def test_workloads_have_the_tokens_of_their_names():
     assert all(w.tokens == sum(w.lengths) and max(w.lengths) <= 4096 for w in WORKLOADS.values())
     lengths = natural_lengths(4096)
     assert lengths == natural_lengths(4096)

@@ -1,4 +1,4 @@
-"""`fastbert verify --jobs`: a case that crashes its process, or never ends, costs only itself; each has its line."""
+"""`fastbert verify --jobs`: a case that crashes or never ends affects no other case, and every case has its line."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from fastbert.testing import MODELS, Check
 from fastbert.verify import jobs
 
 CPU = torch.device("cpu")
-# What a worker process imports first, as it is the main module of the one that started it.
+# The main module of the starting process, which worker processes import first.
 MAIN = """\
 import os, sys, time
 import torch
@@ -43,7 +43,7 @@ if __name__ == "__main__":
 def started(
     folder, *arguments: str, fault: str = "pass", more: str = "", before: Sequence[str] = ()
 ) -> subprocess.Popen:
-    """before: words before the command."""
+    """before: what stands before the command."""
     (folder / "main.py").write_text(MAIN.format(fault=fault, more=more))
     command = [*before, sys.executable, str(folder / "main.py"), *arguments, "--json-lines", str(folder / "lines")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -60,7 +60,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "lines").read_text().splitlines()]
 
 
-def test_shared_out_or_not_the_results_are_the_same(tmp_path):
+def test_results_are_the_same_with_any_number_of_jobs(tmp_path):
     arguments = ("--op", "pool", "--op", "add_rms_norm", "--dtype", "fp32", "--dtype", "bf16")
     code, out, shared = verified(tmp_path, *arguments, "--jobs", "2")
     (tmp_path / "lines").unlink()
@@ -68,13 +68,13 @@ def test_shared_out_or_not_the_results_are_the_same(tmp_path):
     key = lambda line: (line["op"], line["dtype"], line["case"])  # noqa: E731
     alone = sorted(lines(tmp_path), key=key)
     shared.sort(key=key)
-    assert len(shared) == 8  # 3 cases of pool and one of the other, in two dtypes
+    assert len(shared) == 8  # 3 cases of pool and one of the other operator, in two dtypes
     for a, b in zip(shared, alone, strict=True):
         assert a.pop("seconds") > 0 < b.pop("seconds")
         assert a == b
 
 
-# dtype -> what happens to its second case, and what its line says
+# dtype -> what happens in its second case, and the message in its line
 FAULTS = {
     "fp32": ("os.kill(os.getpid(), 11)", "the process ended: SIGSEGV"),
     "fp16": ("os._exit(7)", "the process ended: exit code 7"),
@@ -82,8 +82,8 @@ FAULTS = {
 }
 
 
-def test_a_case_that_goes_wrong_costs_only_itself(tmp_path):
-    """An illegal access once cost every case that came after it in the process."""
+def test_a_case_that_crashes_affects_no_other_case(tmp_path):
+    """An illegal access once made all later cases of the process fail."""
     of = {
         torch_name: FAULTS[name][0] for name, torch_name in zip(FAULTS, ("float32", "float16", "bfloat16"), strict=True)
     }
@@ -100,8 +100,8 @@ def test_a_case_that_goes_wrong_costs_only_itself(tmp_path):
         assert message in out
 
 
-def test_a_process_whose_gpu_is_lost_gets_no_further_case(tmp_path):
-    """After an illegal access every call on that process's GPU raises, so that the next case would be blamed."""
+def test_a_process_that_lost_its_gpu_gets_no_further_case(tmp_path):
+    """After an illegal access every GPU call of that process raises, so the next case would fail for it."""
     more = """
 lost = []
 right = native.pool
@@ -120,8 +120,8 @@ run._still_answers = still_answers
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
-def test_lines_are_written_as_they_are_known_and_processes_end_with_the_run(tmp_path, hearing, ended_by):
-    """A process whose parent was killed went on with its case, for hours where that never ends."""
+def test_lines_are_written_at_once_and_processes_end_with_the_run(tmp_path, hearing, ended_by):
+    """Processes whose parent was killed went on with their case, for hours if it never ended."""
     process = started(
         tmp_path, "--op", "pool", "--dtype", "fp32", "--jobs", "2", before=hearing,
         fault=f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(1e6)",
@@ -135,7 +135,7 @@ def test_lines_are_written_as_they_are_known_and_processes_end_with_the_run(tmp_
     finally:
         process.send_signal(ended_by)
         try:
-            out, _ = process.communicate(timeout=60)  # waits for all that hold its output open, so for its process too
+            out, _ = process.communicate(timeout=60)  # waits for all processes that hold the output open
         except subprocess.TimeoutExpired:
             os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
             raise
@@ -161,7 +161,7 @@ def test_json_lines_have_their_fields_and_no_nan(tmp_path):
 
 
 class Idle:
-    """A worker that only remembers what it was given."""
+    """A worker that only records its tasks."""
 
     def __init__(self):
         self.task = None
@@ -182,19 +182,19 @@ def test_cases_begin_in_order_while_there_is_room():
         return [worker.task for worker in workers]
 
     waiting, workers = deque([*large[:3], small]), []
-    assert handed_out(waiting, workers, 8, 12 * 2**30) == large[:2]  # the small one waits for its turn
+    assert handed_out(waiting, workers, 8, 12 * 2**30) == large[:2]  # the small case waits for its turn
     workers[0].task = None
     assert handed_out(waiting, workers, 8, 12 * 2**30) == [large[2], large[1]]
     assert [*waiting] == [small]
-    # what is too large for the device is tried all the same, alone
+    # a case that is too large for the device still runs, alone
     assert handed_out(deque([large[0], small]), [], 8, 2**30) == [large[0]]
-    # no more processes than asked for
+    # not more processes than requested
     waiting = deque([small] * 5)
     assert handed_out(waiting, [], 2, 1e15) == [small, small]
     assert len(waiting) == 3
 
 
-def test_dtypes_come_one_after_the_other_and_rows_by_operator():
+def test_dtypes_run_one_after_the_other_and_rows_are_sorted_by_operator():
     work = verify.tasks(["pool", "add_rms_norm"], ["bf16", "fp32"], CPU)
     assert [(t.dtype, t.op) for t in work] == [
         *[("bf16", "pool")] * 3, ("bf16", "add_rms_norm"), *[("fp32", "pool")] * 3, ("fp32", "add_rms_norm"),
@@ -206,6 +206,6 @@ def test_dtypes_come_one_after_the_other_and_rows_by_operator():
     assert work[0].model is MODELS["tiny"]
 
 
-def test_jobs_must_be_some(capsys):
+def test_jobs_must_be_at_least_one(capsys):
     assert main(["verify", "--device", "cpu", "--impl", "native", "--jobs", "0"]) == 2
     assert "--jobs must be at least 1, got 0" in capsys.readouterr().err

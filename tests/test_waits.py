@@ -1,7 +1,7 @@
-"""A masked batch waits for the device once, and one whose lengths the host knows not at all.
+"""A masked batch waits for the device once, and a batch whose lengths the host knows never waits.
 
-Nothing here needs a device: what would wait for one is counted where it is called (`waits` in conftest.py). The layers
-run without Triton's kernels, since its interpreter reads every tensor.
+No device is needed: calls that would wait for one are counted (`waits` in conftest.py). Layers run without Triton's
+kernels, since the interpreter reads every tensor.
 """
 
 import pytest
@@ -39,7 +39,7 @@ def test_packing_without_a_mask_does_not_wait(waits):
 
 
 def test_our_model(waits, monkeypatch):
-    monkeypatch.setattr(BertModel, "_check", lambda self, batch: None)  # only of what lies on a CPU
+    monkeypatch.setattr(BertModel, "_check", lambda self, batch: None)  # checks tensors on a CPU only
     model = BertModel(BertConfig(**SMALL), impl="native").eval()
     mask, packed = torch.tensor(MASKS["left_padded"]), PackedBatch.from_lists([[5, 6], [7]])
     with torch.no_grad():
@@ -56,13 +56,13 @@ FAMILIES = ("bert", "roberta", "mpnet", "modernbert")
 @pytest.mark.parametrize("padding", POLICIES)
 @pytest.mark.filterwarnings("error:.*leaves this call.*")
 def test_accelerated_models(waits, family, mask, padding):
-    """Right-padded, left-padded (rows of padding are queries, too) and with holes, however padding is treated."""
+    """Right-padded, left-padded (where padding has query rows too) and with holes, in every mode of padding."""
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(family, **SMALL, pad_token_id=1)
     model = fastbert.accelerate(transformers.AutoModel.from_config(config).eval(), impl="native", padding=padding)
     mask = torch.tensor(mask)
     with torch.no_grad():
-        model(IDS, attention_mask=mask)  # looks at the model's parts
+        model(IDS, attention_mask=mask)  # fastbert inspects the model's parts
         seen = waits(lambda: model(IDS, attention_mask=mask))
     assert seen == ["tolist"]
 

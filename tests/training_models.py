@@ -25,7 +25,7 @@ def words(draw: random.Random, least: int = 2, most: int = 9) -> list[str]:
 
 
 def examples_of(task: str, count: int) -> list:
-    """Of which something can be learnt: the first letter decides the class, tags are letters, answers are words."""
+    """Examples that can be learnt: the first letter decides the class, tags are letters, answers are words."""
     draw = random.Random(0)
     made = []
     for number in range(count):
@@ -55,7 +55,7 @@ KINDS = ("sentence", "pair", "several", "number", "token", "qa")
 
 
 def task_of(kind: str, count: int = 24):
-    """(task, its examples, their windows). "several" and "number" are sentences with several labels, or numbers."""
+    """(task, its examples, their windows). "several" and "number" are sentences with such labels."""
     metric = {"token": "entity_f1", "qa": "squad", "number": "pearson", "several": "f1_micro"}.get(kind, "accuracy")
     name = "sentence" if kind in ("number", "several") else kind
     spec = Spec(name, metric, max_length=28, stride=6, multi_label=kind == "several")
@@ -80,7 +80,7 @@ def run_of(
     out: Path, kind: str = "sentence", processes: Processes = ALONE, evaluated: bool = False, impl: str = "native",
     class_weights: str = "none", dropout: float = 0.1, **options,
 ) -> Run:  # fmt: skip
-    """A run of a small model; options: of Settings."""
+    """A run of a small model. `options` are fields of Settings."""
     task, examples, windows = task_of(kind)
     task.weigh(class_weights, windows)
     chosen = {"epochs": 2, "step_tokens": 90, "batch_tokens": 10**6, "lr": 1e-3, "seed": 3, **options}
@@ -100,7 +100,7 @@ def run_of(
 
 
 def gradients(run: Run, training: bool = True) -> dict[str, torch.Tensor]:
-    """Of the first step of the second epoch; its loss is `run.loss_of_step` then."""
+    """The gradients of the first step of the second epoch, whose loss is then in `run.loss_of_step`."""
     run.shared.train(training)
     run.loss_of_step = run._gradients(run.plan.steps(1)[0], 1)
     return {name: p.grad.clone() for name, p in run.model.named_parameters()}
@@ -116,7 +116,7 @@ def weights(run) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    # One of two processes, for the test of several: python training_models.py OUT TASK FSDP
+    # One of the two processes of a test: python training_models.py OUT TASK FSDP
     import sys
 
     torch.set_num_threads(1)

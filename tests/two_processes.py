@@ -1,4 +1,4 @@
-"""A script of these tests in two processes at once, as torchrun would start them."""
+"""Runs a script of these tests in two processes at once, as torchrun does."""
 
 import os
 import socket
@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-PATIENCE = 300  # seconds after which a process hangs
+PATIENCE = 300  # seconds; a process that takes longer counts as hanging
 
 
 def run_in_two(script: str, *words) -> None:
-    """`python tests/SCRIPT WORDS...` as ranks 0 and 1 over gloo, a thread each; both must end well."""
+    """`python tests/SCRIPT WORDS...` as ranks 0 and 1 over gloo, with one thread each; both must succeed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

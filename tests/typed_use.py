@@ -1,4 +1,4 @@
-"""What a type checker sees of the public names; `make lint` checks this file, and nothing runs it."""
+"""Uses of the public names for a type checker: `make lint` checks this file, and nothing runs it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def drop_in(module: torch.nn.Module, folder: str) -> None:
     assert_type(fastbert.explain(module).replaced, dict[str, str])
     assert_type(fastbert.prepack(module), torch.nn.Module)
     assert_type(fastbert.pipeline(folder)(["a"]), list[dict[str, Any]])
-    fastbert.accelerate(module, padding="never")  # type: ignore[arg-type]  # so a wrong word is an error
+    fastbert.accelerate(module, padding="never")  # type: ignore[arg-type]  # a wrong word is an error
 
 
 def operators(x: Tensor, cu_seqlens: Tensor) -> None:

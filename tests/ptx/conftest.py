@@ -1,4 +1,4 @@
-"""A few lines of PTX, run on the emulator: no compiler and no card takes part."""
+"""Runs a few lines of PTX on the emulator, without a compiler or a card."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from fastbert.emulator.execute import run
 from fastbert.emulator.memory import pointer
 from fastbert.emulator.region import Region
 
-_BITS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}  # register for an element of so many bytes
+_BITS = {1: "b16", 2: "b16", 4: "b32", 8: "b64"}  # the type of a register for an element of so many bytes
 
 
 class Ptx:
@@ -42,7 +42,7 @@ class Ptx:
             """
 
     def __call__(self, body: str, threads: int = 32, grid=(1, 1, 1), shared: int = 0, descriptors=None, **arguments):
-        """Tensors are written in place; gives the number of instructions that warps ran."""
+        """Writes the tensors in place, and returns the number of instructions that warps ran."""
         tensors = {name: value for name, value in arguments.items() if isinstance(value, np.ndarray)}
         numbers = {name: value for name, value in arguments.items() if name not in tensors}
         regions = [Region(name, t.ctypes.data, t.ctypes.data + t.nbytes) for name, t in tensors.items()]
@@ -53,11 +53,11 @@ class Ptx:
 
     @staticmethod
     def position(name: str, tensors: list[str], numbers: list[str]) -> int:
-        """The index of an argument among the parameters, of which tensors come before numbers."""
+        """The index of an argument among the parameters. Tensors come before numbers."""
         return [*tensors, *numbers].index(name)
 
     def each(self, body: str, *inputs: np.ndarray, out) -> np.ndarray:
-        """One thread an element: `body` computes `%out` of the dtype `out` from `%in0`, `%in1` and so on."""
+        """Runs one thread for each element: `body` computes `%out` of the dtype `out` from `%in0`, `%in1` and so on."""
         threads = -(-len(inputs[0]) // 32) * 32
         result = np.zeros(threads, out)
         arguments, loads = {}, []

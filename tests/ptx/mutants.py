@@ -1,15 +1,15 @@
-"""Mutants of compiled kernels: what does the emulator notice when one step of a program is missing?
+"""Mutants of compiled kernels: does the emulator notice when one step of a program is missing?
 
     python tests/ptx/mutants.py                                    five kernels, every mutant: `make ptx-mutants`
     python tests/ptx/mutants.py --kernel layer_norm --kind fence   some of them
     python tests/ptx/mutants.py --every 20                         each twentieth
 
-Each barrier, wait, fence, commit, mask and address step of a kernel's PTX is taken out, one at a time, and the kernel
-runs again on what it was launched with. A mutant is noticed if the emulator refuses it, or if an output differs from
-that of the whole program by more than the rounding of float16, which is about what the operators' tests allow. A mutant
-is idle, and does not count, if its step changed nothing in this run: a mask that held everywhere, a multiple of zero,
-an address that differs only where any number would do, a commit without which every wait finds the same copies done.
-The rest is printed line by line. Exits with 1 if fewer than 95% are noticed.
+Each barrier, wait, fence, commit, mask and address step of a kernel's PTX is removed, one at a time, and the kernel
+runs again with the arguments of its launch. A mutant is noticed if the emulator raises an error, or if an output
+differs from that of the whole program by more than the rounding of float16, which is about what the operators' tests
+allow. A mutant is idle, and does not count, if its step changed nothing in this run: a mask that was true everywhere, a
+multiple of zero, an address that differs only where any number would do, a commit without which every wait finds the
+same copies done. The other mutants are printed, a line for each. Exits with 1 if fewer than 95% are noticed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Subject:
 
 
 def _attention() -> object:
-    """All gradients of padded attention. Padding is NaN, and has to reach nothing."""
+    """All gradients of padded attention. Padding is NaN, and no output may be."""
     inputs = testing.attention_padded_inputs(_ATTENTION, _LENGTHS)
     padding = torch.arange(max(_LENGTHS)) >= inputs["seqlens"][:, None]
     q, k, v = (inputs[name].half().masked_fill_(padding[..., None, None], float("nan")) for name in "qkv")
@@ -76,21 +76,21 @@ def _layer_norm() -> object:
 
 
 def _embedding() -> object:
-    """The last row of the table of words is used, so that nothing lies beyond it."""
+    """The last row of the table of words is used, so that a wrong address lies beyond the table."""
     inputs = testing.embedding_inputs(_NORM, (150,), dropout_p=0.1)
     inputs["input_ids"] = _NORM.vocab - 1 - inputs["input_ids"]
     return testing.run_op("embedding_layer_norm", inputs, torch.float16)
 
 
 def _product() -> object:
-    """Operands by bulk copies, result by plain stores."""
+    """Reads operands by bulk copies, writes the result by plain stores."""
     x, weight = torch.randn(150, 200, dtype=torch.float16), torch.randn(328, 200, dtype=torch.float16)
     return _gemm.linear(x, weight)
 
 
-# Widths that no block divides, so that masks matter. Several heads and sequences, so that strides do; the first
-# sequence all but fills its last block, so that all its addresses count, and the last one has a single row there. More
-# blocks than stages, so that copies come to where others were read.
+# No block divides the widths, so that masks matter. There are several heads and sequences, so that strides matter. The
+# first sequence almost fills its last block, so that all addresses there count; the last sequence has a single row in
+# its last block. There are more blocks than stages, so that copies overwrite what was read.
 _LENGTHS = (319, 257)
 _ATTENTION = testing.ModelShape(128, 2, 256, 1)
 _NORM = testing.ModelShape(1100, 2, 128, 1, vocab=16)
@@ -123,7 +123,7 @@ class Recorded:
         self._tensors = [getattr(value, "base", value) for value in given if not isinstance(value, int | float)]
         self._before = [tensor.detach().clone() for tensor in self._tensors]
         x, y, z = launch.grid
-        # eight times the average of a program: a mutant that never ends is stopped there
+        # a mutant that never ends is stopped after eight times the average of a program
         self._limit = 8 * execute(launch) // (x * y * z * launch.num_warps)
         self._after = [tensor.detach().clone() for tensor in self._tensors]
 
@@ -138,7 +138,7 @@ class Recorded:
         execute(self.launch, ptx, self._limit)
 
     def notices(self, ptx: str) -> str | None:
-        """How a program is found to be wrong, if it is."""
+        """How the emulator finds the program wrong, or None."""
         try:
             self.run(ptx)
         except EmulatorError as error:
@@ -165,7 +165,7 @@ class Recorded:
 
 @contextlib.contextmanager
 def in_flight() -> Iterator[list]:
-    """The list of what still flies after each wait for copies or products inside the block."""
+    """A list that grows by what is still in flight after each wait for copies or products inside the block."""
     seen: list[list] = []
     before = AsyncCopies.wait, MatrixQueue.wait
 
@@ -185,7 +185,7 @@ def in_flight() -> Iterator[list]:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    """Relative RMS; what is NaN has to stay so, and nothing else may become it."""
+    """Relative RMS. Infinite unless the same elements are finite."""
     found, expected = found.detach().double(), expected.double()
     if not torch.equal(found.isfinite(), expected.isfinite()):
         return float("inf")
@@ -198,14 +198,14 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Mutant:
-    kind: str  # of KINDS
+    kind: str  # one of KINDS
     instruction: Instruction
-    after: str  # what stands in its place
-    probe: str | None = None  # in its place: traps where the step changes something
-    wild: str | None = None  # in its place: gives a number that is no address where the step changes something
+    after: str  # replaces the instruction
+    probe: str | None = None  # replaces it, and traps where the step changes something
+    wild: str | None = None  # replaces it, and gives a number that is no address where the step changes something
 
     def of(self, ptx: str, statement: str | None = None) -> str:
-        """The program with `statement` (None: with `after`) in place of the instruction."""
+        """The program with the instruction replaced by `statement`, or by `after`."""
         lines = ptx.splitlines(keepends=True)
         before, rest = "".join(lines[: self.instruction.line - 1]), "".join(lines[self.instruction.line - 1 :])
         pattern = r"\s+".join(re.escape(word) for word in self.instruction.text.split())
@@ -247,7 +247,7 @@ def _mutants(i: Instruction, is_address_step: bool) -> Iterator[Mutant]:
 
 
 def _masks(i: Instruction) -> Iterator[Mutant]:
-    """A guard of a memory access, the size 0 of a copy, and a value that is replaced by a constant."""
+    """Mutants without a memory access's guard, without a copy's size 0, and with a constant for a selected value."""
     if i.guard is not None and i.name in ("ld", "st", "red", "atom", "cp", "mbarrier"):
         register, negated = i.guard
         bare = i.text.partition(" ")[2]
@@ -270,8 +270,8 @@ _FLOATS = ("f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "f32x2", "pred")
 
 
 def _address_steps(program: Program) -> list[Instruction]:
-    """The instructions that some address, matrix descriptor or coordinate is computed by, from special registers,
-    parameters and what was loaded."""
+    """The instructions that compute an address, a matrix descriptor or a coordinate from special registers, parameters
+    and loaded values."""
     writers: dict[int, list[Instruction]] = {}
     for i in program.instructions:
         for register in destinations(i):

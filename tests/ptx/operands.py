@@ -44,7 +44,7 @@ def descriptor(start: int, leading: int, stride: int, span: int) -> int:
 
 
 def copy_in(size: int, threads: int = 128) -> str:
-    """x to shared memory: all threads, 16 bytes each at a time."""
+    """PTX that copies x to shared memory: all threads, 16 bytes each at a time."""
     return "\n".join(
         f"""
         mad.lo.s32 %r0, %t, 16, {start}; cvt.u64.u32 %d0, %r0; add.s64 %d0, %d0, %x; setp.lt.u32 %p0, %r0, {size};

@@ -32,7 +32,7 @@ def test_copies_bring_their_bytes(ptx, kind, size):
 
 
 def test_a_copy_of_no_bytes_is_zeros_and_reads_nothing(ptx):
-    """The source size is 16 for threads whose element exists, else 0: those may point past the tensor."""
+    """The source size is 16 for threads whose element exists, else 0: their address may lie past the tensor."""
     x, y = np.arange(1, 81, dtype=np.uint32), np.zeros(128, np.uint32)
     body = """
     mul.lo.s32 %r0, %t, 16; cvt.u64.u32 %d0, %r0; add.s64 %d1, %d0, %x; add.s64 %d2, %d0, %y;
@@ -48,7 +48,7 @@ def test_a_copy_of_no_bytes_is_zeros_and_reads_nothing(ptx):
 
 
 def _groups(ptx, allowed: int, read: int) -> None:
-    """Three copies in a group each; all but the newest `allowed` have come; the one of the group `read` is read."""
+    """Three copies in a group each; waits for all but the newest `allowed`; reads the copy of the group `read`."""
     copies = " ".join(
         f"cp.async.ca.shared.global [%r0 + {128 * n}], [%d1], 4; cp.async.commit_group;" for n in range(3)
     )
@@ -87,7 +87,7 @@ def test_another_thread_needs_a_barrier_after_the_wait(ptx):
         ptx(body.replace("BARRIER", ""), threads=64, shared=256, x=x, y=y)
 
 
-def test_the_place_of_a_copy_in_flight_may_not_be_used(ptx):
+def test_the_target_of_a_copy_in_flight_may_not_be_used(ptx):
     body = COPY.replace("SIZE", "4").replace("KIND", "ca")
     x, y = np.zeros(32, np.uint32), np.zeros(32, np.uint32)
     ptx(f"{body} st.shared.b32 [%r0 + 128], %t; cp.async.wait_group 0;", shared=256, x=x, y=y)
@@ -97,7 +97,7 @@ def test_the_place_of_a_copy_in_flight_may_not_be_used(ptx):
         ptx(body, shared=256, x=x, y=y)
 
 
-def test_what_others_still_read_may_not_be_copied_over(ptx):
+def test_a_copy_may_not_overwrite_what_other_threads_still_read(ptx):
     body = """
     mul.lo.s32 %r0, %t, 4; cvt.u64.u32 %d0, %r0; add.s64 %d1, %d0, %x; xor.b32 %r2, %r0, 128;
     st.shared.b32 [%r0], %t; bar.sync 0; ld.shared.b32 %r1, [%r2]; BARRIER
@@ -144,7 +144,7 @@ ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r0]; st.global.v4.b32 [%d2], {%r10,
 )  # fmt: skip
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (5, 16), (12, 40), (-3, -8)])
 def test_a_box_of_a_tensor(ptx, row, column):
-    """What lies outside of the tensor, before it or behind it, is filled."""
+    """Elements outside the tensor, before it or behind it, are filled."""
     x = np.arange(16 * 64, dtype=np.uint16).reshape(16, 64)
     y = np.zeros(BOX, np.uint16)
     _box(ptx, FLOW + READ + END, x, row=row, column=column, y=y)
@@ -183,7 +183,7 @@ def test_every_thread_that_reads_has_to_wait(ptx):
     x, y = np.zeros((16, 64), np.uint16), np.zeros(BOX, np.uint16)
     with pytest.raises(errors.MissingWait, match="a bulk copy started a copy that nobody waited for"):
         _box(ptx, INIT + EXPECT + START + READ, x, y=y)
-    # one warp waits, and the other reads: right only after a barrier
+    # one warp waits and the other reads, which is right only after a barrier
     some = f"setp.ge.u32 %p3, %t, 32; @%p3 bra skip; {WAIT.replace('PARITY', '0')} skip: BARRIER"
     read = "xor.b32 %r0, %t, 32; mul.lo.s32 %r0, %r0, 4; ld.shared.b32 %r1, [%r0];"
     body = INIT + EXPECT + START + some + read + END
@@ -206,7 +206,7 @@ def test_a_wait_brings_the_boxes_of_its_phase_alone(ptx):
         _box(ptx, body.replace("PLACE", "512"), x)
 
 
-def test_a_box_may_not_fall_on_what_is_in_use(ptx):
+def test_a_box_may_not_overwrite_memory_in_use(ptx):
     x = np.zeros((16, 64), np.uint16)
     use = "xor.b32 %r0, %t, 32; mul.lo.s32 %r0, %r0, 4; st.shared.b32 [%r0], %t; BARRIER"
     body = INIT + use + EXPECT + START + WAIT.replace("PARITY", "0") + END
@@ -237,7 +237,7 @@ def test_phases_go_on_when_all_have_arrived(ptx):
     ptx(init + rounds + END, threads=64, shared=8)
 
 
-def test_an_arrival_orders_memory_for_those_that_wait(ptx):
+def test_an_arrival_orders_memory_for_threads_that_wait(ptx):
     """Warp 0 writes and arrives; warp 1 waits and reads. Without the wait it is a race."""
     body = """
     setp.eq.u32 %p0, %t, 0; mov.u32 %r8, 1024; @%p0 mbarrier.init.shared::cta.b64 [%r8], 32; bar.sync 0;
@@ -271,7 +271,7 @@ def test_misuses_of_mbarriers(ptx, message):
         ptx(body, shared=8)
 
 
-def test_an_mbarrier_is_left_with_a_part_of_its_arrivals(ptx):
+def test_a_program_may_not_end_with_a_part_of_the_arrivals(ptx):
     init = INIT.replace("1024", "0").replace("[%r8], 1", "[%r8], 2")
     arrive = "@%p0 mbarrier.arrive.shared::cta.b64 _, [%r8];"
     with pytest.raises(errors.BarrierMisuse, match="is left with a part of its arrivals"):
@@ -279,7 +279,7 @@ def test_an_mbarrier_is_left_with_a_part_of_its_arrivals(ptx):
     ptx(init + arrive + arrive, shared=8)
 
 
-def test_an_mbarrier_is_there_for_others_after_a_barrier(ptx):
+def test_other_warps_may_use_an_mbarrier_only_after_a_barrier(ptx):
     init = INIT.replace("1024", "0").replace("bar.sync 0;", "BARRIER")
     arrive = "setp.eq.u32 %p4, %t, 32; @%p4 mbarrier.arrive.shared::cta.b64 _, [%r8];"
     ptx((init + arrive).replace("BARRIER", "bar.sync 0;"), threads=64, shared=8)
@@ -287,7 +287,7 @@ def test_an_mbarrier_is_there_for_others_after_a_barrier(ptx):
         ptx((init + arrive).replace("BARRIER", ""), threads=64, shared=8)
 
 
-def test_an_mbarrier_is_given_up_after_a_barrier(ptx):
+def test_an_mbarrier_may_be_invalidated_only_after_a_barrier(ptx):
     body = INIT.replace("1024", "0") + "@%p0 mbarrier.arrive.shared::cta.b64 _, [%r8];" + WAIT.replace("PARITY", "0")
     ptx(body + END, threads=64, shared=8)
     with pytest.raises(errors.SharedRace, match="given up while warp 1 may still wait"):

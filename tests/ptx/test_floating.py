@@ -23,7 +23,7 @@ CASES = {
         "%in0, %in1", [(ONE_UP, ONE_UP), (3, -0.5), (SMALL, 0.5), (INF, 0)], [1 + 2.0**-22, -1.5, SMALL / 2, NAN],
     ),
     "mul.ftz.f32": ("%in0, %in1", [(SMALL, 0.5), (-SMALL, 0.5), (TINY, 2.0**127)], [0, -0.0, 0]),
-    # one rounding: the product alone would lose its last bit, and with it all of the result
+    # one rounding: a product rounded alone would lose its last bit, and with it the whole result
     "fma.rn.f32": ("%in0, %in1, %in2", [(ONE_UP, ONE_UP, -1 - 2.0**-22), (2, 3, 4)], [2.0**-46, 10]),
     "fma.rn.ftz.f32": ("%in0, %in1, %in2", [(SMALL, 0.5, 0), (2, 3, -7), (TINY, 1, 0)], [0, -1, 0]),
     "div.full.f32": ("%in0, %in1", [(1, 4), (1, 0), (-1, 0), (0, 0)], [0.25, INF, -INF, NAN]),
@@ -31,7 +31,7 @@ CASES = {
     "neg.f32": ("%in0", [(1,), (0,), (-INF,)], [-1, -0.0, INF]),
     "abs.f32": ("%in0", [(-1,), (-0.0,), (-TINY,)], [1, 0, TINY]),
     "abs.ftz.f32": ("%in0", [(-1,), (-TINY,)], [1, 0]),
-    # the number of the two where one is a NaN; -0 is the smaller zero
+    # of a number and a NaN, the number; -0 is the smaller zero
     "min.f32": (
         "%in0, %in1", [(1, 2), (NAN, 2), (1, NAN), (0, -0.0), (-0.0, 0), (NAN, NAN)], [1, 2, 1, -0.0, -0.0, NAN],
     ),
@@ -48,12 +48,12 @@ CASES = {
 }  # fmt: skip
 
 
-# to the nearest is what they do without saying so; said, they are not fused
+# .rn is the default rounding; an instruction that names it is not fused
 CASES |= {f"{name}.rn.f32": CASES[f"{name}.f32"] for name in ("add", "sub", "mul")}
 
 
 def test_the_largest_and_the_least_of_three(ptx):
-    """A form that sm_100 brought."""
+    """A form that sm_100 added."""
     columns = [np.array(c, np.float32) for c in ((1, 2, 3), (3, 1, NAN), (-1, -0.0, 0))]
     for opcode, expected in (("max.f32", [3, 2, 3]), ("min.f32", [-1, -0.0, 0])):
         got = ptx.each(f"{opcode} %out, %in0, %in1, %in2;", *columns, out=np.float32)
@@ -69,8 +69,8 @@ def test_float32(ptx, opcode):
 
 
 def assert_same(got: np.ndarray, expected: np.ndarray) -> None:
-    """To the bit, but that a NaN is a NaN."""
-    np.testing.assert_array_equal(got, expected)  # takes two NaN for equal, and two zeros
+    """Equal to the bit, except that any NaN equals any other."""
+    np.testing.assert_array_equal(got, expected)  # takes two NaN as equal, and 0 and -0
     numbers = ~np.isnan(expected)
     np.testing.assert_array_equal(np.signbit(got[numbers]), np.signbit(expected[numbers]))
 
@@ -102,7 +102,7 @@ PACKED = {
 
 @pytest.mark.parametrize("opcode", PACKED)
 def test_pairs_of_16_bits(ptx, opcode):
-    """Each half for itself: a row of cases in the lower halves, the same backwards in the upper ones."""
+    """Each half is computed by itself: the cases in order in the lower halves, in reverse order in the upper ones."""
     kind, rows = PACKED[opcode]
     a, b, c = (kind(*column) for column in zip(*rows, strict=True))
     got = ptx.each(f"{opcode} %out, %in0, %in1;", pairs(a, a[::-1]), pairs(b, b[::-1]), out=np.uint32)

@@ -1,4 +1,4 @@
-"""Control flow: branches that threads take apart, loops, predicates, the end; and registers that nobody assigned."""
+"""Control flow: branches at which threads diverge, loops, predicates, the end; and unassigned registers."""
 
 from types import SimpleNamespace
 
@@ -13,8 +13,8 @@ LANES = np.arange(32, dtype=np.uint32)
 
 
 @pytest.mark.instructions("bra", "bra.uni", "ret")
-def test_threads_go_apart_and_meet_again(ptx):
-    """After the branch a shuffle needs all of them."""
+def test_threads_diverge_and_reconverge(ptx):
+    """The shuffle after the branch needs all threads."""
     body = """
     setp.lt.u32 %p0, %t, 10;
     @%p0 bra low;
@@ -60,8 +60,8 @@ def test_a_predicate_and_its_opposite(ptx):
     assert ptx.each(body, LANES, out=np.uint32).tolist() == [1] * 3 + [10] * 29
 
 
-def test_programs_have_their_numbers_and_run_apart(ptx):
-    """300 programs are several batches; each loops as often as its number says."""
+def test_each_program_has_its_own_number_and_loop_count(ptx):
+    """300 programs run in several batches. Each loops as often as its number says."""
     y = np.zeros(300, np.uint32)
     body = """
     mov.u32 %r0, %ctaid.x; mov.u32 %r1, %ctaid.y; mov.u32 %r2, %nctaid.x;
@@ -81,8 +81,8 @@ def test_programs_have_their_numbers_and_run_apart(ptx):
     assert y.tolist() == list(range(300))
 
 
-def test_labels_of_two_blocks_may_share_a_name(ptx):
-    """As inline assembly has them."""
+def test_labels_in_two_blocks_may_have_the_same_name(ptx):
+    """As in inline assembly."""
     loop = "{ .reg .pred more; again: add.s32 %r0, %r0, 1; setp.lt.u32 more, %r0, LIMIT; @more bra again; }"
     body = f"mov.u32 %r0, 0; {loop.replace('LIMIT', '5')} {loop.replace('LIMIT', '9')} mov.u32 %out, %r0;"
     assert ptx.each(body, LANES, out=np.uint32).tolist() == [9] * 32
@@ -98,18 +98,18 @@ def test_a_trap_is_an_error(ptx):
 def test_a_register_that_nothing_assigns_is_an_error(ptx):
     with pytest.raises(errors.UninitialisedRegister, match="%r0 is read"):
         ptx("add.s32 %r1, %r0, 1;")
-    # one way to it is enough
+    # it is enough that one path assigns the register
     ptx("setp.eq.u32 %p0, %t, 0; @%p0 bra skip; mov.u32 %r0, 1; skip: add.s32 %r1, %r0, 1;")
 
 
-def test_a_register_that_one_way_leaves_out_is_a_nan(ptx):
+def test_a_register_that_one_path_does_not_assign_is_a_nan(ptx):
     body = "setp.lt.u32 %p0, %t, 2; @!%p0 bra skip; mov.b32 %r0, 0f3F800000; skip: mov.b32 %out, %r0;"
     got = ptx.each(body, LANES, out=np.float32)
     assert got[:2].tolist() == [1, 1]
     assert np.isnan(got[2:]).all()
 
 
-def test_a_guarded_load_leaves_what_was_there(ptx):
+def test_a_load_with_a_false_guard_keeps_the_register(ptx):
     x = np.array([7], np.uint32)
     y = np.zeros(32, np.uint32)
     body = """
@@ -144,7 +144,7 @@ def test_a_program_has_whole_warps_and_at_most_1024_threads(ptx):
 
 
 def test_a_launch_keeps_to_the_shared_memory_of_its_architecture():
-    """Triton refuses such a launch itself; one made otherwise is refused here."""
+    """Triton itself refuses such a launch; the emulator refuses one made without Triton."""
     pytest.importorskip("triton")
     from fastbert.emulator.launch import execute
 

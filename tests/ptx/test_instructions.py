@@ -1,4 +1,4 @@
-"""Every instruction of our kernels has a test: those in `instructions.txt`, and those that the compiler emits today."""
+"""Every PTX instruction of our kernels has a test: those listed in `instructions.txt`, and those compiled today."""
 
 import importlib.util
 import os
@@ -13,14 +13,14 @@ pytestmark = pytest.mark.once
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ARCH = os.environ.get("FASTBERT_TEST_ARCH", "sm_90")
-# What it lists has to be tested; what the compiler newly emits has to be listed.
+# Every listed instruction must be tested. Every instruction that the compiler emits must be listed.
 LISTED = {
     words[0]: words[1:]
     for line in (HERE / "instructions.txt").read_text().splitlines()
     if (words := line.split()) and words[0] != "#"
 }
 
-# PTX of the kernels that continuous integration compiles, without the machine code, which takes most of the time
+# The PTX of the kernels that continuous integration compiles. Machine code is left out: it takes most of the time.
 COMPILE = """
 import re, sys
 from triton.backends.nvidia.compiler import CUDABackend

@@ -51,7 +51,7 @@ CASES = {
     "shr.s32": ("%in0, %in1", [(-8, 1), (-8, 31), (-8, 32), (8, 99)], [-4, -1, -1, 0]),
     "shr.u64": ("%in0, %c1", [(2**63, 63), (2**63, 64)], [1, 0]),
     "shr.s64": ("%in0, %c1", [(-(2**40), 39), (-1, 64), (7, 64)], [-2, -1, 0]),
-    # four bits from 4; past the end; none; the top bit of the field is the sign
+    # four bits from bit 4; a field past the end; an empty field; the field's top bit is its sign
     "bfe.u32": ("%in0, %in1, %in2", [(0xABCD, 4, 4), (0xFF, 4, 32), (0xFF, 0, 0), (5, 32, 4)], [0xC, 0xF, 0, 0]),
     "bfe.s32": (
         "%in0, %in1, %in2",
@@ -63,7 +63,7 @@ CASES = {
         [(0xF, 0, 8, 4), (0, 0xFFFFFFFF, 0, 16), (0xAB, 0x12345678, 32, 8)],
         [0xF00, 0xFFFF0000, 0x12345678],
     ),
-    # bytes of b:a, a nibble each; with bit 3 of the nibble copies of the byte's sign
+    # a nibble selects each byte from b:a; with bit 3 of the nibble set, copies of that byte's sign
     "prmt.b32": (
         "%in0, %in1, %in2",
         [(0x33221100, 0x77665544, 0x7654), (0x33221100, 0x77665544, 0x5410), (0x00008000, 0, 0x8889)],
@@ -97,7 +97,7 @@ def test_results(ptx, opcode):
     operands, inputs, expected = CASES[opcode]
     width = int(opcode[-2:])
     columns = list(zip(*inputs, strict=True))
-    # %c: a 32-bit count beside a value of another width
+    # %c: a 32-bit count, beside values of another width
     widths = [32 if f"%c{n}" in operands else width for n in range(len(columns))]
     result_width = 32 if opcode[:4] in ("clz.", "popc") else width
     got = ptx.each(
@@ -120,7 +120,7 @@ def test_products_of_twice_the_width(ptx, opcode):
 
 @pytest.mark.parametrize("opcode", ["shl.b32", "shr.u32", "shr.s32", "bfe.u32", "bfe.s32", "prmt.b32"])
 def test_a_count_in_the_text_is_the_same_as_one_in_a_register(ptx, opcode):
-    """Translated differently: what is known before the run costs less."""
+    """The two are translated differently, since constants cost less."""
     operands, inputs, expected = CASES[opcode]
     for values, result in zip(inputs, expected, strict=True):
         known = 2 if opcode == "prmt.b32" else 1

@@ -63,7 +63,7 @@ def _product(a, b, c) -> list[list[float]]:
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_mma(ptx, kind):
-    """No two rows or columns alike, so that an element in the wrong place shows."""
+    """All rows and columns differ, so that an element in the wrong place shows."""
     a = [[(3 * m + 5 * k) % 17 - 8 for k in range(16)] for m in range(16)]
     b = [[(7 * k + 2 * n * n) % 13 - 6 for n in range(8)] for k in range(16)]
     c = [[m * 8 + n for n in range(8)] for m in range(16)]
@@ -102,7 +102,7 @@ COUNTS = {1: "%r1", 2: "%r1, %r2", 4: "%r1, %r2, %r3, %r4"}
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "trans"])
 @pytest.mark.parametrize("count", COUNTS)
 def test_ldmatrix(ptx, count, transposed):
-    """Row r of matrix m is the r-th of those that lanes 8m to 8m + 7 point at: here they stand in reverse order."""
+    """Lane 8m + r holds the address of row r of matrix m. Here the rows stand in reverse order."""
     rows = 8 * count
     x = np.arange(rows * 8, dtype=np.uint16).reshape(rows, 8)
     out = np.zeros((32, count), np.uint32)
@@ -137,7 +137,7 @@ def test_ldmatrix(ptx, count, transposed):
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "trans"])
 @pytest.mark.parametrize("count", COUNTS)
 def test_stmatrix(ptx, count, transposed):
-    """Register m of a lane holds the elements 2 * (32 m + lane) and the next; rows are put in reverse order."""
+    """Register m of a lane holds the elements 2 * (32 m + lane) and the next. The rows are stored in reverse order."""
     rows = 8 * count
     out = np.zeros((rows, 8), np.uint16)
     form = f"x{count}{'.trans' if transposed else ''}"
@@ -168,7 +168,7 @@ def test_stmatrix(ptx, count, transposed):
                 assert out[rows - 1 - (8 * m + row), column] == 2 * (32 * m + lane) + e
 
 
-def test_rows_of_matrices_are_aligned_and_inside(ptx):
+def test_rows_of_matrices_must_be_aligned_and_inside_the_memory(ptx):
     body = """
     mad.lo.s32 %r0, %t, 16, OFFSET;
     stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r0], {%t, %t, %t, %t};

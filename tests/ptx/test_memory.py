@@ -1,4 +1,4 @@
-"""Loads and stores: every access is held against its own tensor."""
+"""Loads and stores: every access is checked against its own tensor."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_an_access_before_its_tensor_is_an_error(ptx):
         ptx("st.global.b32 [%x + -4], %t;", x=both[32:])
 
 
-def test_threads_that_do_not_run_may_point_anywhere(ptx):
+def test_threads_with_a_false_guard_may_point_anywhere(ptx):
     x = np.zeros(16, np.uint32)
     body = "mad.wide.u32 %d0, %t, 4, %x; setp.lt.u32 %p0, %t, 16; @%p0 st.global.b32 [%d0], %t;"
     ptx(body, x=x)
@@ -37,7 +37,7 @@ def test_threads_that_do_not_run_may_point_anywhere(ptx):
         ptx(body.replace("@%p0 ", ""), x=x)
 
 
-def test_a_vector_access_is_aligned_to_all_of_it(ptx):
+def test_a_vector_access_is_aligned_to_its_whole_size(ptx):
     x = np.zeros(8, np.uint32)
     assert x.ctypes.data % 16 == 0
     ptx("ld.global.v2.b32 {%r0, %r1}, [%x + 8];", x=x)
@@ -45,14 +45,15 @@ def test_a_vector_access_is_aligned_to_all_of_it(ptx):
         ptx("ld.global.v4.b32 {%r0, %r1, %r2, %r3}, [%x + 8];", x=x)
 
 
-def test_what_the_emulator_does_not_know_is_named(ptx):
+def test_an_unknown_instruction_is_named(ptx):
     with pytest.raises(errors.UnknownInstruction, match=r"does not know frobnicate\.b32 \(example, PTX line \d+"):
         ptx("frobnicate.b32 %r0, %t;")
 
 
 LOADS = [
     f"ld.{space}.{vector}b{width}"
-    for space in ("global", "shared", "shared::cta")  # Triton 3.8 writes the third for the second, which means the same
+    # Triton 3.8 writes "shared::cta" for "shared", with the same meaning
+    for space in ("global", "shared", "shared::cta")
     for vector, width in (
         ("", 8), ("", 16), ("", 32), ("", 64), ("v2.", 8), ("v4.", 8), ("v2.", 16), ("v4.", 16), ("v2.", 32),
         ("v4.", 32), ("v2.", 64),
@@ -63,7 +64,7 @@ STORES = [load.replace("ld.", "st.") for load in LOADS]
 
 @pytest.mark.parametrize(("load", "store"), zip(LOADS, STORES, strict=True), ids=LOADS)
 def test_every_width_loads_and_stores_its_bytes_in_order(ptx, load, store):
-    """Each of 32 threads takes its bytes from x, through shared memory for that space, and puts them into y."""
+    """Each of 32 threads copies its bytes from x to y; for a shared space, through shared memory."""
     _, space, *vector, kind = load.split(".")
     width, count = int(kind[1:]), int(vector[0][1:]) if vector else 1
     size = width // 8 * count
@@ -136,9 +137,9 @@ def test_variables_in_shared_memory_lie_one_after_the_other(ptx):
 
 
 ATOMICS = {
-    # operation -> what 32 threads with the numbers 1 to 32 make of 5
+    # operation -> the result of 32 threads with the numbers 1 to 32, starting from 5
     "add.u32": 5 + 528, "min.u32": 1, "max.u32": 32, "exch.b32": 32, "or.b32": 63, "and.b32": 0,
-    "xor.b32": 5 ^ 32,  # of 1 to 31 nothing is left
+    "xor.b32": 5 ^ 32,  # 1 to 31 cancel out
     "add.f32": None,
 }  # fmt: skip
 
@@ -170,7 +171,7 @@ def test_atomic_operations(ptx, space, operation):
     assert y.tolist() == [expected]
 
 
-def test_compare_and_swap_gives_what_was_there(ptx):
+def test_compare_and_swap_returns_the_old_value(ptx):
     y, out = np.array([7], np.uint32), np.zeros(32, np.uint32)
     body = """
     add.s32 %r0, %t, 7;               // thread 0 finds 7 and leaves 8, thread 1 finds 8 and leaves 9, and so on

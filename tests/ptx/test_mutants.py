@@ -1,4 +1,4 @@
-"""A sample of the mutants of compiled kernels; `make ptx-mutants` runs them all."""
+"""A sample of the mutants of compiled kernels; `make ptx-mutants` runs all of them."""
 
 import os
 import re

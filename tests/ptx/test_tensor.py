@@ -1,4 +1,4 @@
-"""tcgen05: tensor memory, products in it, and data that may not be touched before a wait."""
+"""tcgen05: tensor memory, products in it, and data that must not be used before a wait."""
 
 import runpy
 from pathlib import Path
@@ -21,7 +21,7 @@ COMMIT = "tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64"
 WAIT_LOAD, WAIT_STORE = "tcgen05.wait::ld.sync.aligned;", "tcgen05.wait::st.sync.aligned;"
 SHAPES = {"32x32b": (8, 16, 32, 64, 128), "16x32bx2": (4, 8, 16, 32, 64)}
 
-# %r20: the columns; %r21: those of this warp's lanes; %p5: the first warp; %p6: the first thread
+# %r20: the first column; %r21: the same in this warp's lanes; %p5: this is the first warp; %p6: the first thread
 BEGIN = f"""
 setp.lt.u32 %p5, %t, 32; setp.eq.u32 %p6, %t, 0; mov.u32 %r19, PLACE;
 @%p5 {ALLOC} [%r19], COLUMNS; @%p5 {PERMIT};
@@ -39,13 +39,13 @@ def _registers(count: int, first: int = 24) -> str:
 
 
 def _write_out(count: int) -> str:
-    """y[thread, n] is the n-th register."""
+    """Writes the n-th register to y[thread, n]."""
     stores = " ".join(f"st.global.b32 [%d9 + {4 * n}], %r{24 + n};" for n in range(count))
     return f"mad.wide.u32 %d9, %t, {4 * count}, %y; {stores}"
 
 
 def _fill(count: int, wait: str = WAIT_STORE) -> str:
-    """Column n of lane l becomes 1000 l + n, thread by thread."""
+    """Stores 1000 l + n in column n of lane l."""
     values = " ".join(f"mad.lo.s32 %r{24 + n}, %t, 1000, {n};" for n in range(count))
     return f"{values} tcgen05.st.sync.aligned.32x32b.x{count}.b32 [%r21 + 0], {_registers(count)}; {wait}"
 
@@ -56,7 +56,7 @@ def _fill(count: int, wait: str = WAIT_STORE) -> str:
 )  # fmt: skip
 @pytest.mark.parametrize("count", [8, 16, 32, 64, 128])
 def test_lanes_and_columns(ptx, count):
-    """16x32bx2: both halves of a warp have its first 16 lanes, and the upper half takes columns from 3 further."""
+    """16x32bx2: both halves of a warp read its first 16 lanes; the upper half reads columns 3 further on."""
     y = np.zeros((128, count), np.uint32)
     load = f"tcgen05.ld.sync.aligned.32x32b.x{count}.b32 {_registers(count)}, [%r21 + 0]; {WAIT_LOAD}"
     ptx(_body(_fill(count) + load + _write_out(count), 128), threads=128, shared=4, y=y)
@@ -72,8 +72,8 @@ def test_lanes_and_columns(ptx, count):
 
 
 @pytest.mark.parametrize("half", [4, 8, 16, 32, 64])
-def test_halves_are_stored_as_they_are_loaded(ptx, half):
-    """The lower half of a warp fills columns from 0, the upper half those from `half`, of the same 16 lanes."""
+def test_halves_are_stored_like_they_are_loaded(ptx, half):
+    """Both halves of a warp store to its first 16 lanes: the lower half from column 0, the upper half from `half`."""
     y = np.zeros((128, half), np.uint32)
     values = " ".join(f"mad.lo.s32 %r{24 + n}, %t, 1000, {n};" for n in range(half))
     store = f"tcgen05.st.sync.aligned.16x32bx2.x{half}.b32 [%r21 + 0], {half}, {_registers(half)}; {WAIT_STORE}"
@@ -86,7 +86,7 @@ def test_halves_are_stored_as_they_are_loaded(ptx, half):
 
 # ---- products ----------------------------------------------------------------------------------------------
 
-N, SPAN, BARRIER = 32, 32, 8184  # columns of D; bytes of a row of A and B in shared memory; where the mbarrier lies
+N, SPAN, BARRIER = 32, 32, 8184  # columns of D; bytes of a row of A and B in shared memory; address of the mbarrier
 PREPARE = f"mov.u32 %r8, {BARRIER}; @%p6 mbarrier.init.shared::cta.b64 [%r8], 1;"
 READY = "fence.proxy.async.shared::cta; bar.sync 0;"
 OVER = "{ .reg .pred over; again: mbarrier.try_wait.parity.shared::cta.b64 over, [%r8], 0; @!over bra.uni again; }"
@@ -101,19 +101,19 @@ def _instruction(m: int, kind: str, negated: tuple[bool, bool] = (False, False),
 
 
 def _operands(m: int, kind: str, transposed=(False, False)):
-    """A [m, 16], B [N, 16], their image in shared memory and their descriptors."""
+    """A [m, 16], B [N, 16], both as they lie in shared memory, and their descriptors."""
     rng = np.random.default_rng(0)
     a, b = rng.integers(-4, 5, (m, 16)), rng.integers(-4, 5, (N, 16))
     image_a, *offsets_a = laid_out(KINDS[kind](a), SPAN, transposed[0])
     image_b, *offsets_b = laid_out(KINDS[kind](b), SPAN, transposed[1])
     image = np.concatenate([image_a, image_b])
-    constant = 1 << 46  # that descriptors of tcgen05 have
+    constant = 1 << 46  # set in every descriptor of tcgen05
     of_a = descriptor(0, *offsets_a, SPAN) | constant
     return a, b, image, of_a, descriptor(len(image_a), *offsets_b, SPAN) | constant
 
 
 def _product(image, of_a, of_b, instruction, keeps: int = 0, guard: str = "@%p6", times: int = 1) -> tuple[str, str]:
-    """(before, the product): mbarrier and operands, then the instruction itself."""
+    """(what comes before: mbarrier and operands; the product's instruction)."""
     set_up = f"{PREPARE} {copy_in(len(image))} mov.b64 %d10, {of_a}; mov.b64 %d11, {of_b}; mov.u32 %r7, {instruction};"
     product = f"setp.ne.u32 %p7, {keeps}, 0; " + f"{guard} {MMA} [%r20 + 0], %d10, %d11, %r7, %p7;" * times
     return set_up, product
@@ -139,7 +139,7 @@ def test_a_product_of_shared_memory(ptx, kind, transposed):
 
 
 def test_rows_of_a_product_of_64(ptx):
-    """Sixteen rows lie in the first sixteen lanes of each warp."""
+    """Sixteen rows are in the first sixteen lanes of each warp."""
     a, b, image, of_a, of_b = _operands(64, "f16")
     before, product = _product(image, of_a, of_b, _instruction(64, "f16"))
     half = N // 2
@@ -152,8 +152,8 @@ def test_rows_of_a_product_of_64(ptx):
         np.testing.assert_array_equal(y[thread], (a @ b.T)[16 * warp + lane % 16, first : first + half])
 
 
-def test_products_add_up_and_signs_change(ptx):
-    """Three products into what was stored before, of A with its sign changed."""
+def test_products_accumulate_and_can_be_negated(ptx):
+    """Three products, of A with its sign changed, are added to stored values."""
     a, b, image, of_a, of_b = _operands(128, "bf16")
     start = " ".join(f"mov.b32 %r{24 + n}, 0f42C80000;" for n in range(N))  # 100
     start += f"tcgen05.st.sync.aligned.32x32b.x{N}.b32 [%r21 + 0], {_registers(N)}; {WAIT_STORE}"
@@ -163,8 +163,9 @@ def test_products_add_up_and_signs_change(ptx):
     np.testing.assert_array_equal(y, 100 - 3 * (a @ b.T))
 
 
-def test_products_of_one_thread_come_one_after_the_other(ptx):
-    """The others alone wait for the first product before the thread starts the second one, into the same columns."""
+def test_products_of_one_thread_run_in_order(ptx):
+    """One thread starts two products into the same columns, and only the other threads wait for the first. It is an
+    error if a thread of another warp starts the second."""
     a, b, image, of_a, of_b = _operands(128, "f16")
     before, first = _product(image, of_a, of_b, _instruction(128, "f16"))
     more = f"mov.u32 %r9, {BARRIER - 16}; @%p6 mbarrier.init.shared::cta.b64 [%r9], 1;"
@@ -175,14 +176,15 @@ def test_products_of_one_thread_come_one_after_the_other(ptx):
     text = before + more + READY + first + REPORT + some + second + report + over + FETCH
     y = _run(ptx, image, text, free=free)
     np.testing.assert_array_equal(y, 2 * (a @ b.T))
-    other = second.replace(f"@%p6 {MMA}", f"@%p8 {MMA}")  # a thread of another warp does not know of the first
+    # a thread of another warp, which has not waited for the first product
+    other = second.replace(f"@%p6 {MMA}", f"@%p8 {MMA}")
     text = text.replace(second, f"setp.eq.u32 %p8, %t, 32; {other}").replace(some, "")
     with pytest.raises(errors.MissingWait):
         _run(ptx, image, text, free=free)
 
 
 def test_a_left_operand_in_tensor_memory(ptx):
-    """Row l of A in lane l, two elements a column, from column 40 on."""
+    """Row l of A is in lane l, two elements in a column, from column 40 on."""
     a, b, image, of_a, of_b = _operands(128, "f16")
     rows = np.ascontiguousarray(KINDS["f16"](a)).view(np.uint32)
     fetch = "mad.wide.u32 %d12, %t, 32, %a; " + " ".join(
@@ -197,7 +199,7 @@ def test_a_left_operand_in_tensor_memory(ptx):
     np.testing.assert_array_equal(y, a @ b.T)
 
 
-def test_columns_that_nobody_wrote_are_nan(ptx):
+def test_unwritten_columns_are_nan(ptx):
     y = np.zeros((128, 8), np.float32)
     load = f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {_registers(8)}, [%r21 + 4]; {WAIT_LOAD}"
     ptx(_body(_fill(8) + load + _write_out(8)), threads=128, shared=4, y=y)
@@ -205,8 +207,8 @@ def test_columns_that_nobody_wrote_are_nan(ptx):
     assert np.isnan(y[:, 4:]).all()
 
 
-def test_a_warp_stores_where_another_lane_of_it_has_loaded(ptx):
-    """Lanes of a warp need no barrier between them, other warps do not reach their lanes."""
+def test_a_warp_may_store_where_another_of_its_lanes_loaded(ptx):
+    """Lanes of a warp need no barrier between them, and other warps cannot access their lanes."""
     y = np.zeros((128, 8), np.uint32)
     load = f"tcgen05.ld.sync.aligned.16x32bx2.x4.b32 {_registers(4)}, [%r21 + 0], 4; {WAIT_LOAD}"
     store = f"tcgen05.st.sync.aligned.16x32bx2.x4.b32 [%r21 + 4], -4, {_registers(4)}; {WAIT_STORE}"
@@ -215,7 +217,7 @@ def test_a_warp_stores_where_another_lane_of_it_has_loaded(ptx):
     np.testing.assert_array_equal(y[:, :4], (32 * warp + lane % 16) * 1000 + np.arange(4) + 4 * (lane < 16))
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "no wait for the product": (errors.MissingWait, {OVER: ""}),
@@ -237,7 +239,7 @@ REFUSED = {
     "columns that are not allocated": (errors.OutOfBounds, {"[%r21 + 0]": "[%r21 + 33]"}),
     "a product past the columns": (errors.OutOfBounds, {"[%r20 + 0]": "[%r20 + 33]"}),
     "lanes of another warp": (errors.InvalidOperand, {"[%r21 + 0]": "[%r20 + 0]"}),
-    "a sum with what nobody wrote": (errors.UnwrittenShared, {"setp.ne.u32 %p7, 0, 0": "setp.ne.u32 %p7, 1, 0"}),
+    "a sum with unwritten columns": (errors.UnwrittenShared, {"setp.ne.u32 %p7, 0, 0": "setp.ne.u32 %p7, 1, 0"}),
     "another format": (errors.InvalidOperand, {f"mov.u32 %r7, {_instruction(128, 'f16')}": "mov.u32 %r7, 0"}),
 }  # fmt: skip
 
@@ -255,8 +257,8 @@ def test_refused(ptx, fault):
         ptx(text, threads=128, shared=8192, x=image, y=np.zeros((128, N), np.float32))
 
 
-def test_a_load_needs_a_wait_before_others_write_there(ptx):
-    """Its registers are ordered by their use alone; the memory that it reads is not."""
+def test_a_load_needs_a_wait_before_other_warps_write_there(ptx):
+    """Using the loaded registers waits for them, but does not order the memory that the load reads."""
     y = np.zeros((128, 8), np.uint32)
     load = f"tcgen05.ld.sync.aligned.32x32b.x8.b32 {_registers(8)}, [%r21 + 0];"
     use, store = "add.u32 %r24, %r24, 1;", "tcgen05.st.sync.aligned.32x32b.x1.b32 [%r21 + 3], {%r24};"

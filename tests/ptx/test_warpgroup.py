@@ -1,4 +1,4 @@
-"""wgmma: operands in shared memory as descriptors lay them out, fragments of registers, and what may not be touched."""
+"""wgmma: operands in shared memory, addressed by descriptors; fragments in registers; data in flight."""
 
 import runpy
 from pathlib import Path
@@ -25,7 +25,7 @@ def _store_out(n: int) -> str:
 
 
 def _matrix_of(out: np.ndarray) -> np.ndarray:
-    """Registers [128, n / 2] -> D [64, n], as the PTX manual draws it."""
+    """Registers [128, n / 2] as D [64, n], as the PTX manual draws it."""
     d = np.zeros((64, out.shape[1] * 2), np.float32)
     for thread in range(128):
         warp, lane = divmod(thread, 32)
@@ -65,7 +65,7 @@ CASES = {
 )  # fmt: skip
 @pytest.mark.parametrize("opcode", CASES)
 def test_shapes(ptx, opcode):
-    """D = A B + 3, both operands swizzled over 128 bytes with k innermost."""
+    """D = A B + 3, with both operands swizzled over 128 bytes and k innermost."""
     n, kind = CASES[opcode]
     a, b = _numbers(64, 16, 1), _numbers(n, 16, 2)
     image_a, _, stride = laid_out(KINDS[kind](a), 128, False)
@@ -87,7 +87,7 @@ LAYOUTS = [(0, False, False), *((span, a, b) for span in (32, 64, 128) for a in 
 
 @pytest.mark.parametrize(("span", "transposed_a", "transposed_b"), LAYOUTS)
 def test_layouts(ptx, span, transposed_a, transposed_b):
-    """Every swizzle, k innermost or rows innermost; the start of B is not at zero."""
+    """Every swizzle, with k or rows innermost. B does not start at address zero."""
     n = 128
     a, b = _numbers(64, 16, 3), _numbers(n, 16, 4)
     image_a, leading_a, stride_a = laid_out(KINDS["bf16"](a), span, transposed_a)
@@ -144,7 +144,7 @@ def test_a_in_registers_and_a_chain_of_k(ptx):
 
 
 def test_each_warpgroup_has_its_own_product(ptx):
-    """Two warpgroups share B and have an A each."""
+    """Two warpgroups share B; each has its own A."""
     n = 8
     a, b = _numbers(128, 16, 7), _numbers(n, 16, 8)
     image, _, stride = laid_out(KINDS["bf16"](np.concatenate([a, b])), 32, False)
@@ -164,7 +164,7 @@ def test_each_warpgroup_has_its_own_product(ptx):
         assert got.tolist() == (a[64 * group : 64 * group + 64] @ b.T).tolist()
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------
+# ---- errors ------------------------------------------------------------------------------------------------
 
 _N = 8
 _SIZE = (64 + _N) * 32
@@ -184,7 +184,7 @@ def _refusal(
     ptx(body, threads=128, shared=8192, x=x)
 
 
-def test_a_whole_round_is_accepted(ptx):
+def test_a_correct_product_is_accepted(ptx):
     _refusal(
         ptx,
         between="add.f32 %r100, %r100, %r100;",
@@ -201,13 +201,13 @@ def test_an_accumulator_in_flight_may_not_be_used(ptx):
         _refusal(ptx, after=AFTER.replace("aligned 0", "aligned 1"), late="add.f32 %r100, %r20, %r20;")
 
 
-def test_shared_memory_that_is_read_in_flight_may_not_be_written(ptx):
+def test_shared_memory_that_a_product_reads_may_not_be_written(ptx):
     write = "mad.lo.s32 %r2, %t, 4, %r1; st.shared.b32 [%r2], %r0;"
-    _refusal(ptx, between=write)  # elsewhere
+    _refusal(ptx, between=write)  # to other memory
     with pytest.raises(errors.MissingWait, match="asynchronous unit may still read"):
         _refusal(ptx, setup="mov.u32 %r1, 0;", between=write)
     _refusal(ptx, late=f"bar.sync 0; mov.u32 %r1, 0; {write}")
-    with pytest.raises(errors.SharedRace):  # a warp is done with the wait before another one
+    with pytest.raises(errors.SharedRace):  # one warp may pass its wait before another warp
         _refusal(ptx, late=f"mov.u32 %r1, 0; {write}")
 
 
@@ -227,19 +227,19 @@ def test_registers_of_a_in_flight_may_not_be_written(ptx):
         run("mov.u32 %r4, 1;")
 
 
-def test_a_fence_for_the_asynchronous_unit_is_missing(ptx):
+def test_a_missing_fence_for_the_asynchronous_unit_is_an_error(ptx):
     with pytest.raises(errors.MissingFence, match=r"no fence\.proxy\.async"):
         _refusal(ptx, before="bar.sync 0; wgmma.fence.sync.aligned;")
-    # the reader's fence does, after the barrier
+    # a fence by the reader, after the barrier, is enough
     _refusal(ptx, before="bar.sync 0; fence.proxy.async.shared::cta; wgmma.fence.sync.aligned;")
 
 
-def test_a_barrier_before_the_product_is_missing(ptx):
+def test_a_missing_barrier_before_the_product_is_an_error(ptx):
     with pytest.raises(errors.SharedRace, match="starts an asynchronous read"):
         _refusal(ptx, before="fence.proxy.async.shared::cta; wgmma.fence.sync.aligned;")
 
 
-def test_a_fence_of_registers_is_missing(ptx):
+def test_a_missing_fence_of_registers_is_an_error(ptx):
     with pytest.raises(errors.MissingFence, match=r"no wgmma\.fence before the first"):
         _refusal(ptx, before="fence.proxy.async.shared::cta; bar.sync 0;")
     with pytest.raises(errors.MissingFence, match=r"no wgmma\.fence between"):
@@ -247,14 +247,14 @@ def test_a_fence_of_registers_is_missing(ptx):
     _refusal(ptx, before=f"{BEFORE} mov.b32 %r100, 0;")
 
 
-def test_a_wait_at_the_end_is_missing(ptx):
+def test_a_missing_wait_at_the_end_is_an_error(ptx):
     with pytest.raises(errors.MissingWait, match="ends before it has waited for its wgmma"):
         _refusal(ptx, after="wgmma.commit_group.sync.aligned;")
-    with pytest.raises(errors.MissingWait, match="ends before"):  # never committed
+    with pytest.raises(errors.MissingWait, match="ends before"):  # the group was never committed
         _refusal(ptx, after="wgmma.wait_group.sync.aligned 0;")
 
 
-def test_descriptors_stay_inside_and_are_the_same_for_a_warpgroup(ptx):
+def test_descriptors_must_stay_inside_and_be_equal_in_a_warpgroup(ptx):
     with pytest.raises(errors.InvalidOperand, match="a transposed matrix that is not swizzled"):
         _refusal(ptx, setup=f"mov.b64 %d10, {descriptor(0, 128, 256, 0)};", flags="%p1, 1, 1, 1, 0")
     with pytest.raises(errors.OutOfBounds, match="wgmma reads byte"):
