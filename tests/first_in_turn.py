@@ -1,5 +1,7 @@
-"""One of two processes, for the test of a first process that works longer than processes wait for each other:
-python first_in_turn.py FILE"""
+"""One of two processes of a test: the first works longer than the processes wait for each other.
+
+python first_in_turn.py FILE
+"""
 
 import sys
 import time

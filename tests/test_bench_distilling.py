@@ -51,7 +51,7 @@ def test_a_stopped_benchmark_continues_with_the_missing_runs(data, tmp_path, mon
     old = [{name: value for name, value in run.items() if name not in distilling.BEFORE} for run in runs]
     distilling.write_json(out, {"runs": old})
     left = iter(range(0))
-    distilling.main(argv)  # records of before these options are those of their defaults
+    distilling.main(argv)  # older records lack these options, and count as made with the defaults
     left = iter(range(4))
     distilling.main([*argv, "--longest", "--rows", "distilled"])
     assert [run["longest"] for run in runs_in(out)[10:]] == [True] * 4

@@ -64,7 +64,7 @@ def test_a_report(folders, tmp_path, capsys):
 
 
 def test_ratios_are_larger_where_a_model_is_faster(folders, monkeypatch):
-    """By known measurements: twice the tokens per second, and a quarter of the time for a text."""
+    """With made-up measurements: twice the tokens per second, and a quarter of the time for a text."""
     found = parties([str(folder) for folder in folders[:2]], ["float32"], "native")
     times = [[100.0, 50.0, 80.0], [200.0, 150.0, 160.0]], [[4.0, 6.0, 8.0], [1.0, 2.0, 1.0]]
     monkeypatch.setattr(report_module, "_timed", lambda *arguments: times)
@@ -79,7 +79,7 @@ def test_rounds_take_turns_and_the_first_does_not_count(folders, monkeypatch):
     order, outputs_of = [], report_module.outputs_of
 
     def noted(model, task, windows, *others):
-        if len(windows) == 4:  # the batch, not a text alone
+        if len(windows) == 4:  # the batch, not a single text
             order.append(next(place for place, party in enumerate(found) if party.ready.model is model))
         return outputs_of(model, task, windows, *others)
 

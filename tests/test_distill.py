@@ -247,7 +247,7 @@ def test_a_bottleneck_brings_a_student_near_its_teacher(school, tmp_path):
 
 @pytest.mark.once
 def test_a_bottleneck_keeps_heads_that_are_read():
-    """A head with large values is nothing where the next linear layer does not read it."""
+    """A head with large values does not count if the next linear layer does not read it."""
     value, out = torch.ones(4 * 3, 8), torch.ones(8, 4 * 3)
     value[0:3] *= 9.0
     out[:, 0:3] = 0.0

@@ -125,7 +125,7 @@ def test_an_interrupted_run_continues(teachers, tmp_path, monkeypatch):
 
 
 def test_a_student_has_the_settings_of_its_teacher(teachers, tmp_path):
-    """Its metric, length and stride of windows, so that both are measured alike; options replace them."""
+    """Metric, length and stride of windows are the teacher's, so that both are measured alike; options replace them."""
     data, settings = write_examples("qa", tmp_path / "data"), tmp_path / "teacher" / "fastbert_task.json"
     shutil.copytree(teachers["qa"], settings.parent)
     given = json.loads(settings.read_text()) | {"metric": "cmrc", "max_length": 27, "stride": 5}
@@ -262,8 +262,8 @@ def test_incomplete_folders_are_refused(teachers, tmp_path, capsys):
         (tmp_path / "kept.json").rename(teachers["sentence"] / "fastbert_task.json")
 
 
-def test_a_folder_with_another_model_is_not_written_into(teachers, tmp_path, capsys):
-    """The student once replaced its teacher where --out named the teacher's folder, and with --resume any model."""
+def test_a_folder_with_another_model_is_not_overwritten(teachers, tmp_path, capsys):
+    """The student replaced its teacher if --out named the teacher's folder, and with --resume any model."""
     data, own = write_examples("sentence", tmp_path / "data"), tmp_path / "own"
     shutil.copytree(teachers["sentence"], own)
     whole = (own / "model.safetensors").read_bytes()
@@ -282,7 +282,7 @@ def test_a_folder_with_another_model_is_not_written_into(teachers, tmp_path, cap
     assert (own / "model.safetensors").read_bytes() == whole
 
 
-def test_a_history_that_is_no_list_is_noticed_before_the_training(teachers, tmp_path, capsys):
+def test_an_invalid_history_is_refused_before_the_training(teachers, tmp_path, capsys):
     data, own = write_examples("sentence", tmp_path / "data"), tmp_path / "own"
     shutil.copytree(teachers["sentence"], own)
     training = ("--train", data, "--impl", "native", "-q")
@@ -298,7 +298,7 @@ def test_a_history_that_is_no_list_is_noticed_before_the_training(teachers, tmp_
 
 
 def test_layers_without_heads_are_not_compared(teachers, tmp_path, capsys):
-    """They have no queries: the losses once ended in a division by zero, or in a KeyError."""
+    """They have no queries: the losses raised a division by zero, or a KeyError."""
     data, pruned = write_examples("sentence", tmp_path / "data"), tmp_path / "pruned"
     assert run("prune", teachers["sentence"], "-o", pruned, "--heads", "2:0,1", "-q") == 0
     for losses in ("attention", "minilm", "minilm2"):
@@ -312,7 +312,7 @@ def test_layers_without_heads_are_not_compared(teachers, tmp_path, capsys):
 
 @needs_products
 def test_a_teacher_in_8_bits(teachers, tmp_path):
-    """It teaches, and its integers count among its parameters."""
+    """It can teach, and its parameters include its integers."""
     data, small, out = write_examples("sentence", tmp_path / "data"), tmp_path / "small", tmp_path / "out"
     assert run("quantize", teachers["sentence"], "-o", small, "--data", data, "-q") == 0
     assert distill(small, "sentence", data, out, "--epochs", 1, "--losses", "logits,hidden,minilm2") == 0

@@ -1,4 +1,4 @@
-"""BART's kind: the encoder is packed, below models whose decoder runs its own code."""
+"""BART, mBART and PLBART: the encoder is packed, and the decoder runs its own code."""
 
 import copy
 
@@ -31,12 +31,12 @@ def whole(name: str, **more) -> torch.nn.Module:
 
 
 def test_pairs_of_texts_are_classified():
-    """Every tensor that is returned, the encoder's at padding too, and every gradient."""
+    """Every returned tensor, the encoder's at padding too, and every gradient."""
     models = three(whole("BartForSequenceClassification", num_labels=3), padding="auto")
     mask = MASKS["right"]
     ids = torch.where(mask, torch.randint(5, 60, mask.shape), 1)
     last = mask.sum(1) - 1
-    ids[torch.arange(4), last] = 2  # the head takes the decoder's state of the last of these
+    ids[torch.arange(4), last] = 2  # the head takes the decoder's state at the last such token
     batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor([0, 1, 2, 1])}
     outputs = [model(**batch) for model in models]
     for name in ("logits", "encoder_last_hidden_state"):
@@ -72,7 +72,7 @@ def test_training_that_leaves_out_layers_runs_the_originals_code():
     assert list(ours.forward.warned.values()) == [1]  # evaluation runs all layers
 
 
-def test_more_tokens_than_positions_are_the_originals_error():
+def test_more_tokens_than_positions_raise_as_in_the_original():
     ours, plain, _ = three(build("BartEncoder"), padding="exact")
     ids = torch.randint(5, 60, (1, 41))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_more_tokens_than_positions_are_the_originals_error():
             ours(ids)
 
 
-def test_in_float16_its_code_clamps_what_overflows():
+def test_in_float16_the_originals_code_clamps_overflow():
     ours, plain, _ = three(build("BartEncoder"), torch.float16)
     ids = torch.randint(5, 60, (2, WIDTH))
     with torch.no_grad(), pytest.warns(UserWarning, match="clamps values that overflow"):

@@ -159,8 +159,8 @@ KEEPS = {
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
 def test_the_logits_of_a_language_model(side, keep):
-    """Every logit that is returned and every gradient, at padding too: on the left it sees no token, and the rows there
-    get zeros from torch's SDPA."""
+    """Every returned logit and every gradient, at padding too. Padding on the left sees no token: torch's SDPA gives
+    zeros there."""
     models = three(build("Qwen3Model", head="ForCausalLM", sliding_window=4), padding="auto")
     batch = batch_of("Qwen3Model", models[1], MASKS[side]) | keep
     logits = [model(**batch).logits for model in models]
@@ -172,7 +172,7 @@ def test_the_logits_of_a_language_model(side, keep):
 
 @pytest.mark.parametrize("name", ["Qwen3", "Qwen2", "Mistral", "Llama", "Gemma3"])
 def test_a_reranker_by_yes_and_no_computes_no_padding(name):
-    """Qwen3-Reranker reads logits at the last token, with padding on the left. Its encoder ran its own code, since all
+    """Qwen3-Reranker reads logits at the last token, with padding on the left. Its encoder ran its own code, as all
     rows counted as read."""
     of = "Gemma3TextModel" if name == "Gemma3" else f"{name}Model"
     head = "ForCausalLM"
@@ -193,7 +193,7 @@ def causal_lm_of(of: str, name: str) -> torch.nn.Module:
     return model
 
 
-def test_hidden_states_beside_kept_logits():
+def test_hidden_states_with_kept_logits():
     """They are returned at padding too."""
     models = three(build("Qwen3Model", head="ForCausalLM"), padding="auto")
     batch = batch_of("Qwen3Model", models[1], MASKS["left"])

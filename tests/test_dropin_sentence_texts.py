@@ -227,7 +227,7 @@ def test_rank(build_cross):
 
 @pytest.fixture
 def yes_or_no(tmp_path):
-    """A CrossEncoder over a small Qwen3ForCausalLM: logit of "yes" less logit of "no" at the last token."""
+    """A CrossEncoder over a small Qwen3ForCausalLM: the logit of "yes" minus that of "no" at the last token."""
     logit_score = pytest.importorskip(
         "sentence_transformers.cross_encoder.modules.logit_score", reason="this version scores no logits"
     )
@@ -242,8 +242,8 @@ def yes_or_no(tmp_path):
 
 
 def test_scores_by_yes_and_no(yes_or_no, batches):
-    """Only real tokens are computed, in batches padded on the left, as the score is read from the last column. The
-    encoder ran its own code, since all its rows counted as read."""
+    """Only real tokens are computed; batches are padded on the left, as the last column gives the score. The encoder
+    ran its own code, because all its rows counted as read."""
     before = by_the_library(lambda: yes_or_no.predict(PAIRS))
     model = fastbert.accelerate(yes_or_no, impl="native")
     assert_same(quietly(lambda: model.predict(PAIRS)), before)
@@ -255,7 +255,7 @@ def test_scores_by_yes_and_no(yes_or_no, batches):
 
 
 def test_scores_of_texts_padded_on_the_right_are_the_librarys(yes_or_no):
-    """Its tokenizer was told so by the user; the last column, which is read, may then be padding."""
+    """If the user makes the tokenizer pad on the right, the last column, which gives the score, may be padding."""
     model = fastbert.accelerate(yes_or_no, impl="native")
     features = model.preprocess(PAIRS[:5])
     real = features["attention_mask"].bool()

@@ -1,4 +1,4 @@
-"""Text towers of CLIP's kind, and their models of pictures and texts: the pooled token, padding, what is refused."""
+"""CLIP's and similar text encoders, and their models of pictures and texts: pooled token, padding, refusals."""
 
 import copy
 import warnings
@@ -19,7 +19,7 @@ EOS = 3
 
 
 def with_ends(batch: dict[str, torch.Tensor], end: int) -> dict[str, torch.Tensor]:
-    """The batch with `end` as each text's last token, and again at padding, as CLIP's own tokenizer pads."""
+    """The batch with `end` as each text's last token and as padding, as CLIP's own tokenizer pads."""
     mask = batch["attention_mask"]
     last = mask.sum(1, keepdim=True) - 1
     columns = torch.arange(mask.shape[1])
@@ -29,12 +29,12 @@ def with_ends(batch: dict[str, torch.Tensor], end: int) -> dict[str, torch.Tenso
 @pytest.mark.parametrize("end", [EOS, 59], ids=["eos", "largest"])
 @pytest.mark.parametrize("name", TOWERS)
 def test_padding_is_left_out_and_the_pooled_token_is_the_originals(name, end):
-    """Padding holds another token than the config's pad_token_id. SigLIP pools the last column, which is padding."""
+    """Padding has another id than the config's pad_token_id. SigLIP pools the last column, which is padding."""
     models = three(build(name), padding="auto")
     ours, mask = models[0], MASKS["right"]
     batch = with_ends(batch_of(name, models[1], mask), end)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of zeros at padding
+        warnings.simplefilter("ignore")  # about zeros at padding
         outputs = [model(**batch, output_hidden_states=True) for model in models]
     assert_within_budget(*(output.pooler_output for output in outputs), name="pooler_output")
     assert_within_budget(*(output.last_hidden_state[mask] for output in outputs), name="last_hidden_state")
@@ -52,11 +52,11 @@ def test_padding_is_left_out_and_the_pooled_token_is_the_originals(name, end):
 @pytest.mark.parametrize("name", ["CLIPTextModel", "SiglipTextModel"])
 @pytest.mark.parametrize("padding", ["auto", "zero"])
 def test_a_pooled_token_that_is_masked(name, padding):
-    """It is computed all the same."""
+    """It is still computed."""
     models = three(build(name), padding=padding)
     batch = batch_of(name, models[1], MASKS["right"])
     batch["input_ids"] = batch["input_ids"].clamp(min=4)
-    batch["input_ids"][:, -1] = EOS  # CLIP pools the first of these
+    batch["input_ids"][:, -1] = EOS  # CLIP pools the first such token
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert_within_budget(*(model(**batch).pooler_output for model in models))
@@ -104,7 +104,7 @@ def test_the_text_features_and_scores_of_clip():
     assert not any("computed as the original does" in why for why in fastbert.explain(models[0]).left.values())
 
 
-def test_embeddings_in_place_of_ids_are_refused_as_by_the_original():
+def test_embeddings_in_place_of_ids_are_refused_as_in_the_original():
     ours, plain, _ = three(build("CLIPTextModel"))
     embeds = torch.randn(2, WIDTH, 32)
     with pytest.raises(ValueError, match="input_ids") as expected:
@@ -115,7 +115,7 @@ def test_embeddings_in_place_of_ids_are_refused_as_by_the_original():
 
 
 def test_a_config_that_turns_causal_attention_off_is_refused():
-    """CLIP's code turns it on in attention, and off in its masks."""
+    """CLIP's code then has it on in attention, and off in its masks."""
     model = build("CLIPTextModel")
     model.config.is_causal = False
     with pytest.warns(UserWarning, match="replaced nothing"):
@@ -124,8 +124,8 @@ def test_a_config_that_turns_causal_attention_off_is_refused():
 
 
 @pytest.mark.parametrize("name", ["LlamaModel", "Qwen3Model", "GemmaModel"])
-def test_layers_that_were_told_to_see_later_tokens(name):
-    """The original's masks still hide later tokens where there is padding. An accelerated model showed them."""
+def test_layers_that_are_set_to_see_later_tokens(name):
+    """In a batch with padding the original's masks still hide later tokens. An accelerated model did not."""
     ours, plain, _ = three(build(name))
     batch = batch_of(name, plain, MASKS["right"])
     for model in (ours, plain):

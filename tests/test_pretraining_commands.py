@@ -146,7 +146,7 @@ def test_unusable_text_is_refused(files, capsys, content, others, message):
 
 
 def test_a_vocabulary_in_upper_case(files, capsys):
-    """A cased vocab.txt was used with text in lower case, and --cased was refused beside it."""
+    """Text was lower-cased for a cased vocab.txt, and --cased was refused."""
     (files / "vocab.txt").write_text("\n".join([*WORDS, "A"]))
     (files / "text.txt").write_text("A b a. A a b.\n")
     argv = ("pretrain", files / "text.txt", "--config", files / "small.json", "--max-length", 24, "--steps", 1,

@@ -215,8 +215,8 @@ def test_other_batches_change_the_curve_only_by_rounding(whole, tmp_path):
 
 @pytest.mark.once
 def test_two_processes_train_as_one(tmp_path):
-    """Under DDP and FSDP2: the same masks, so the same curve except for rounding, and the same scores. One process resumes
-    the run of two."""
+    """Under DDP and FSDP2: the same masks, so the same curve except for rounding, and the same scores. One process
+    then resumes the run of two."""
     objective, one, *both = "mlm+nsp", tmp_path / "one", tmp_path / "ddp", tmp_path / "fsdp"
     run_of(one, objective, evaluated=True).train()
     for two in both:
@@ -241,8 +241,8 @@ def test_two_processes_train_as_one(tmp_path):
 
 @pytest.mark.once
 def test_the_first_process_may_read_a_text_for_hours(tmp_path):
-    """The others used to wait for it in a group that ends after 30 minutes with gloo and after 10 with NCCL. Here the
-    group's limit is a second."""
+    """The others waited for it in a group whose limit is 30 minutes with gloo and 10 with NCCL. Here the limit is a
+    second."""
     run_in_two("first_in_turn.py", tmp_path / "file")
 
 

@@ -376,7 +376,7 @@ def test_a_folder_of_sentence_transformers(teacher, tmp_path):
 
 @pytest.mark.once
 def test_cuts_of_every_kind_at_once(teacher, tmp_path):
-    """Heads and layers by the numbers of the model; the share of zeros is of the weights that are left."""
+    """Heads and layers have the model's numbers; the share of zeros is that of the remaining weights."""
     out = tmp_path / "out"
     cuts = ["--layers", "0", "--heads", "1:0;2:1,3", "--magnitude", "0.5", "--scope", "layer"]
     assert run("prune", teacher, "-o", out, *cuts, "-q") == 0
@@ -409,7 +409,7 @@ def test_importance_is_measured_on_drawn_examples(teacher, data, tmp_path, monke
 
 @pytest.mark.once
 def test_the_report_of_the_training_stays_with_its_model(teacher, tmp_path):
-    """It has the scores of the model before it was cut."""
+    """It has the scores of the model before pruning."""
     copy = tmp_path / "copy"
     shutil.copytree(teacher, copy)
     (copy / "report.json").write_text("{}")
