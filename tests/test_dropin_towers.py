@@ -1,6 +1,7 @@
 """CLIP's and similar text encoders, and their models of pictures and texts: pooled token, padding, refusals."""
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -74,12 +75,14 @@ def test_later_tokens_change_nothing(name):
     assert not torch.allclose(after[:, 9:], before[:, 9:])
 
 
-def clip(**more) -> torch.nn.Module:
+def clip(kind: str = "CLIP") -> torch.nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = sizes | {"vocab_size": 60, "max_position_embeddings": 40, "eos_token_id": EOS}
     vision = sizes | {"image_size": 16, "patch_size": 8}
     torch.manual_seed(0)
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    more = {"projection_dim": 16} if kind == "CLIP" else {}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision, **more)
+    model = getattr(transformers, f"{kind}Model")(config)
     with torch.no_grad():
         for p in model.text_model.parameters():
             p.normal_(std=0.2) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.1)
@@ -145,3 +148,54 @@ def test_a_copy_of_a_tower_and_restore():
         first = ours(**batch).pooler_output
         assert torch.equal(copy.deepcopy(ours)(**batch).pooler_output, first)
         assert torch.equal(fastbert.restore(ours)(**batch).pooler_output, plain(**batch).pooler_output)
+
+
+# ---- sentence-transformers -----------------------------------------------------------------------------------
+
+TEXTS = ["a cat", "the dog runs", "x " * 20, "hello world of cats and dogs", "no"] * 10
+
+
+@pytest.fixture
+def sentence_model(tmp_path):
+    """sentence_model(kind) -> SentenceTransformer of a small CLIP or SigLIP, whose tokenizer knows letters."""
+    sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6", reason="it reads such folders")
+    pytest.importorskip("PIL", reason="transformers' processors of pictures need it")
+    letters = [chr(letter) for letter in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(tmp_path, model_max_length=40)
+
+    def build(kind: str):
+        model = clip(kind)
+        model.save_pretrained(tmp_path)
+        pictures = getattr(transformers, f"{kind}ImageProcessor")(size={"height": 16, "width": 16})
+        getattr(transformers, f"{kind}Processor")(pictures, tokenizer).save_pretrained(tmp_path)
+        return sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+
+    return build
+
+
+def test_texts_encoded_by_clip_in_sentence_transformers(sentence_model):
+    model = sentence_model("CLIP")
+    before = model.encode(TEXTS)
+    fastbert.accelerate(model, impl="native")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = model.encode(TEXTS)
+    assert abs(got - before).max() <= 1e-5 * abs(before).max()
+    report = fastbert.explain(model)
+    assert "encode" in report.replaced
+    assert not any("computed as the original does" in why for why in report.left.values()), report
+
+
+def test_texts_encoded_by_siglip_stay_in_their_batches(sentence_model):
+    """It pools the last column, so that a text's vector depends on where its batch ends."""
+    model = sentence_model("Siglip")
+    before = model.encode(TEXTS)
+    fastbert.accelerate(model, impl="native")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = model.encode(TEXTS)
+    assert abs(got - before).max() <= 1e-5 * abs(before).max()
+    assert "takes the last column" in fastbert.explain(model).left["encode"]

@@ -132,8 +132,11 @@ def why_left(model: nn.Module, kind: str) -> str | None:
         first = type(model[0]).__name__ if len(model) else "nothing"
         flat = first == "Transformer"
         return "it runs without padding on FlashAttention" if flat else f"its first module is a {first}"
-    if not any(isinstance(m.__dict__.get("forward"), EncoderForward) for m in model[0].modules()):
+    inside = [f for m in model[0].modules() if isinstance(f := m.__dict__.get("forward"), EncoderForward)]
+    if not inside:
         return "its transformer was left alone"
+    if any(forward.facts.pooled == "last" for forward in inside):
+        return "it takes the last column, and other batches end elsewhere"
     return None
 
 
