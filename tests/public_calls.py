@@ -377,7 +377,7 @@ def torch_encoder_accelerated():
 
 @call
 def command_encode():
-    """To three kinds of file, and to standard output."""
+    """Writes three kinds of file, and standard output."""
     place = folder()
     (place / "texts.txt").write_text("\n".join(TEXTS) + "\n")
     common = ["encode", place / "texts.txt", "--model", place, "--device", "cpu", "--dtype", "float32"]

@@ -118,7 +118,7 @@ def test_a_call_that_python_was_late_for_is_timed_again(monkeypatch):
 
 @pytest.mark.parametrize(("python", "bound"), [(2e-3, True), (0.2e-3, False)])
 def test_a_call_that_waits_for_the_gpu_is_never_held(monkeypatch, python, bound):
-    """Its time is that which its caller sees. It is host-bound if the GPU alone would be faster."""
+    """Its time is what the caller sees. It is host-bound if the GPU alone would be faster."""
     gpu = Gpu(monkeypatch)
     queue = gpu.call(10, device_s=1e-3, host_s=python)
 

@@ -243,7 +243,7 @@ def test_the_inner_loop_is_found(machine_code):
 
 
 def test_conditional_code_is_counted_separately(machine_code):
-    """As in the epilogue of a persistent kernel: one loop over all tiles' blocks, and a store where a tile ends."""
+    """A persistent kernel has such code in its epilogue: one loop over all blocks, and a store where a tile ends."""
     code = machine_code.parse_sass("""
 .L_x_0:
         /*0000*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR24], R24 ;

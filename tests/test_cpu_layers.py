@@ -110,8 +110,8 @@ def test_a_text_gets_the_same_bits_with_others_and_on_one_thread(calls, dtype):
 @pytest.mark.parametrize("lengths", [(7, 12), (80, 64, 77)], ids=["few rows", "many rows"])
 @torch.no_grad()
 def test_more_threads_than_processors(lengths, dtype):
-    """Threads share the steps of a call: each part is computed once whoever takes it, also where threads come late to a
-    step, there are more threads than queues (64), and two Python threads have regions of their own."""
+    """Threads share the steps of a call. Each part is computed once, by whichever thread takes it, even if threads come
+    late to a step, if there are more threads than queues (64), and if two Python threads call at once."""
     model, batch = model_of(hidden_size=256, intermediate_size=512), batch_of(*lengths)
     if dtype == "int8":
         fastbert.layers.quantise(model)
@@ -119,7 +119,7 @@ def test_more_threads_than_processors(lengths, dtype):
 
     def passes(count: int) -> None:
         torch.set_num_threads(count)
-        with torch.no_grad():  # each thread has a mode of its own
+        with torch.no_grad():  # the mode belongs to a thread
             for _ in range(10):
                 assert torch.equal(model(batch).last_hidden_state, expected)
 

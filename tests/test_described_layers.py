@@ -103,7 +103,7 @@ TAKEN_BACK = ("hook", "hook_before", "hook_on_a_norm", "hook_on_a_layer", "hook_
 @pytest.mark.parametrize("gradients", [False, True], ids=["one_call", "layer_by_layer"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_a_call_counts(model, change, gradients):
-    """As if the change had been made before the first call."""
+    """The results are those of a model that was changed before its first call."""
     fresh = copy.deepcopy(model)
     before = states(model, gradients)
     with ExitStack() as stack:

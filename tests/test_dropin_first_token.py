@@ -152,7 +152,7 @@ CALLS = [states, states_by_the_encoders_config, hook_on_the_pooler, hook_on_the_
     ("call", "mask"), [*((call, FULL) for call in CALLS), (states, MASK), (first_column_masked, MASK)]
 )
 def test_every_token_is_computed_if_it_may_be_read(call, mask, walks):
-    """Also without padding, where only the way of the call makes the difference."""
+    """Also in a batch without padding, where only the call itself tells."""
     model = fastbert.accelerate(build("Bert"), impl="native").train()
     call(model, batch_of(model, mask))
     assert walks

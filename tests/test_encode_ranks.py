@@ -97,7 +97,7 @@ def test_a_failing_rank_ends_all(folder, tmp_path):
 
 
 def test_a_vanished_rank_is_noticed(folder, tmp_path):
-    """As if a machine was lost, so that nothing ends the other ranks: rank 0 notices by itself."""
+    """If a machine is lost, nothing ends the other ranks: rank 0 notices by itself."""
     source, out = tmp_path / "texts.txt", tmp_path / "out.npy"
     source.write_text("a b\n" * 5000)
     with socket.socket() as free:

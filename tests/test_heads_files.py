@@ -48,7 +48,7 @@ each_with_words = pytest.mark.parametrize("head", WITH_WORDS)
 @each_head
 @pytest.mark.once
 def test_transformers_reads_our_folder(head, tmp_path):
-    """By its auto class, with every weight and the labels' names."""
+    """The auto class of transformers gets every weight and the labels' names."""
     ours = ours_of(head)(config_of(head)).eval()
     ours.save_pretrained(tmp_path)
     auto = getattr(transformers, f"AutoModelFor{head}")

@@ -116,7 +116,7 @@ def test_a_limit_of_memory():
 @on_linux
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_an_encoder_moves_its_weights(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Not 8-bit weights, because the weights that they replace would stay in memory. The vectors have the same bits."""
+    """8-bit weights stay, because the weights that they replace would remain in memory. Vectors have the same bits."""
     if dtype == "int8" and int8.why_not() is not None:
         pytest.skip(int8.why_not())
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 16}

@@ -327,7 +327,7 @@ def test_layers_and_columns_for_transformers(teacher, data, tmp_path, capsys):
 
 @pytest.mark.once
 def test_half_of_the_heads_and_then_training(teacher, data, tmp_path, capsys):
-    """By importance; then `fastbert finetune` trains the rest, with a layer that has no heads."""
+    """Heads are removed by importance; then `fastbert finetune` trains the rest, with a layer that has no heads."""
     out, again = tmp_path / "out", tmp_path / "tuned"
     assert run("prune", teacher, "-o", out, "--heads", "0.5", "--data", data, "--impl", "native") == 0
     config = BertConfig.from_pretrained(out)
@@ -392,7 +392,7 @@ def test_cuts_of_every_kind_at_once(teacher, tmp_path):
 
 @pytest.mark.once
 def test_importance_is_measured_on_drawn_examples(teacher, data, tmp_path, monkeypatch):
-    """As many as --examples says, drawn by --seed, in their order."""
+    """--examples gives their number; --seed draws them; they keep their order."""
     seen = []
 
     def noted(model, task, windows, batches, device):

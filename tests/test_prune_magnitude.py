@@ -18,7 +18,7 @@ pytestmark = pytest.mark.once
 
 
 def test_the_smallest_weights_become_zero():
-    """As many as requested, and of equal ones the first; of all matrices together, or of each."""
+    """The requested number of weights, the first of equal ones, over all matrices together or in each."""
     weights = {"a": torch.tensor([[1.0, -2.0, 3.0], [-3.0, 3.0, 5.0]]), "b": torch.tensor([[0.0, 9.0], [7.0, -8.0]])}
     together, each = (masks_of(weights, 0.5, scope) for scope in ("global", "layer"))
     assert together["a"].tolist() == [[False, False, False], [False, True, True]]

@@ -282,7 +282,7 @@ def test_prompts_by_name(bert, tmp_path, prompts, how):
 
 
 def old_folder(bert: Path, folder: Path, inside: str = "", type_of: str = "sentence_transformers.models.{}") -> Path:
-    """As version 2.7 wrote it, and 5.2 except for Dense's weights: BERT at the root, or in a folder, as before."""
+    """A folder as version 2.7 wrote it (and 5.2, except for Dense's weights): BERT at the root, or in a subfolder."""
     shutil.copytree(bert, folder / inside)
     (folder / inside / BERT_CONFIG).write_text('{"max_seq_length": 9, "do_lower_case": true}')
     (folder / LIBRARY_CONFIG).write_text('{"__version__": {"sentence_transformers": "2.7.0"}, "prompts": {}, '

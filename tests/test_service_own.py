@@ -70,7 +70,7 @@ def test_vectors_and_filled_words_share_one_encoder(client):
 
 
 def test_a_models_address_may_have_slashes(folders):
-    """As the hub's ids have."""
+    """Ids of the hub have a slash."""
     settings = Settings(**PLAIN)
     client = Client(application(Service(settings, Models([load("someones/texts", folders["texts"], settings)]))))
     try:

@@ -294,7 +294,7 @@ def test_evaluations_are_spread_over_an_epoch(evaluations, places, tmp_path):
 
 
 def test_a_model_is_kept_also_where_its_metric_is_undefined(tmp_path):
-    """As Pearson's correlation of constant predictions: then the last epoch's model is kept, later the best one's."""
+    """Pearson's correlation of constants is undefined: the last epoch's model is kept, later the best one's."""
     run = run_of(tmp_path, epochs=5)
     values, kept = iter([math.nan, math.nan, 0.2, math.nan, 0.1]), []
     run.metric, run.evaluate = "pearson", lambda model: Scores({"pearson": next(values)}, {})

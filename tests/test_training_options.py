@@ -51,7 +51,7 @@ def test_tasks_without_classes_refuse_weights():
 
 @pytest.mark.parametrize("kind", ["sentence", "token"])
 def test_balanced_weights_count_examples_or_words(kind):
-    """Not pieces; a word in several windows counts once."""
+    """Pieces of words do not count, and a word in several windows counts once."""
     task, examples, windows = task_of(kind)
     task.weigh("balanced", windows)
     labels = [e.label for e in examples] if kind == "sentence" else [tag for e in examples for tag in e.tags]
