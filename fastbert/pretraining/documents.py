@@ -126,24 +126,29 @@ class _Cutter:
         if not other:
             self._add(begin, split, split, stop, 0)
             return stop
-        # A document is as likely as it is long. If all were equally likely, as in Google's script, sentences of short
-        # documents would be more frequent in wrong pairs, and the second part alone would tell them apart.
-        elsewhere = self._document_of(self._token_outside(document))
-        first, last = int(self.documents[elsewhere]), int(self.documents[elsewhere + 1])
-        start = first + draw.below(last - first)
+        start, last = self._elsewhere(document, target)
         missing = target - int(self.segments[split] - self.segments[begin])
         self._add(begin, split, start, min(last, max(start, self._last_within(start, missing)) + 1), 1)
         return split
 
-    def _token_outside(self, document: int) -> int:
-        """Any token of the other documents."""
+    def _elsewhere(self, document: int, target: int) -> tuple[int, int]:
+        """A segment of another document where a second part begins, and the end of that document.
+
+        It is where the second part of a right pair would begin, if a right pair began after any token of the others. So
+        second parts of right and wrong pairs are alike, and do not tell the answer alone. Google's script draws a
+        document, then a sentence of it: then short documents, short sentences and beginnings of documents are more
+        frequent in wrong pairs.
+        """
         begin, end = (int(self.segments[self.documents[d]]) for d in (document, document + 1))
         token = self.draw.below(int(self.segments[-1]) - (end - begin))
-        return token if token < begin else token + end - begin
-
-    def _document_of(self, token: int) -> int:
-        segment = np.searchsorted(self.segments, token, side="right") - 1
-        return int(np.searchsorted(self.documents, segment, side="right")) - 1
+        if token >= begin:
+            token += end - begin
+        segment = int(np.searchsorted(self.segments, token, side="right"))
+        last = int(self.documents[np.searchsorted(self.documents, segment - 1, side="right")])
+        segment = min(segment, last - 1)
+        stop = min(last, max(segment, self._last_within(segment, target)) + 1)
+        split = segment + 1 + self.draw.below(max(1, stop - segment - 1))
+        return min(split, last - 1), last
 
     def _last_within(self, begin: int, tokens: int) -> int:
         """The last segment that begins at most `tokens` tokens after the beginning of `begin`."""
