@@ -9,8 +9,9 @@ checked, and the exit code is 1 if one is missed: the loss of masked words is 0.
 words, pairs are classified better than chance by two standard errors, and ELECTRA's detection has an area under the
 curve of 0.6. ELECTRA starts from a model trained on masked words (--init; both with --no-whole-words --max-length 32
 --vocab-size 300 --batch-tokens 4096; 1,500 steps, then 1,000 with --lr 1e-3), because from random weights a
-discriminator would first have to learn which positions are adjacent, with one bit for each token. Sentence order is
-learnt with --objective mlm+sop --max-length 64. scores.svg in the folder shows all seeds.
+discriminator would first have to learn which positions are adjacent, with one bit for each token. Next sentences start
+from sentence order (--objective mlm+sop --max-length 64; then --objective mlm+nsp --max-length 64 --steps 1200
+--lr 2e-3 --init OUT/seed-{seed}). scores.svg in the folder shows all seeds.
 
 `loader` writes a text of this size, the same paragraphs with running numbers, and prints the growth of the process'
 memory over the whole text. For each objective, and for CMRC's contexts masked in Chinese whole words, it prints how
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     learning.add_argument("--seeds", type=positive, default=3, help="default: 3")
     learning.add_argument("--steps", type=positive, default=2400, help="default: 2,400")
     learning.add_argument("--batch-tokens", type=positive, default=2048, help="tokens of a step (default: 2,048)")
-    learning.add_argument("--init", help="start from this model, with its tokenizer")
+    learning.add_argument("--init", help="start from this model, with its tokenizer; {seed} is replaced")
     learning.add_argument("--vocab-size", type=positive, help="default: 4,000, for Chinese 5,000")
     learning.add_argument("--max-length", type=positive, default=LENGTH, help=f"default: {LENGTH}")
     learning.add_argument("--no-whole-words", dest="whole_words", action="store_false", help="mask pieces of words")
@@ -150,8 +151,9 @@ def learn(args: argparse.Namespace) -> int:
     reports = []
     for seed in range(args.seeds):
         out = args.out / f"seed-{seed}"
+        init = args.init and args.init.replace("{seed}", str(seed))
         request = Request(
-            (str(learnt),), out, args.objective, "tiny", args.init, str(tokenizer), eval=(str(held),), dropout=0.0,
+            (str(learnt),), out, args.objective, "tiny", init, str(tokenizer), eval=(str(held),), dropout=0.0,
             steps=args.steps, batch_tokens=args.batch_tokens, memory_tokens=4096, lr=args.lr, seed=seed,
             evaluate_every=max(1, args.steps // EVALUATIONS), save_every=50, segmenter=args.segmenter,
             whole_words=args.whole_words, max_length=args.max_length, resume=True,
