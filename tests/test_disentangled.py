@@ -220,3 +220,17 @@ def test_calls_that_the_cpp_does_not_support_go_to_torch():
     assert not cpp_disentangled.takes(q, k, v, pk, pq, lut, starts, 0.1)
     o = _disentangled_native.disentangled_attention(q, k, v, pk, pq, lut, starts, 8)
     torch.testing.assert_close(o, reference.disentangled_attention(q, k, v, pk, pq, lut, starts), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("arch", "lanes"), [("sm_80", 32), ("sm_90", 32), ("sm_100", 32), ("gfx942", 64)])
+def test_no_tile_has_fewer_entries_than_its_program_has_threads(arch, lanes):
+    """Triton's gather along a tile's columns then needs several warps for one column, and the kernel does not compile:
+    the gradient of q in float32 had 8 warps of 64 lanes for 16 x 16 entries on gfx942."""
+    pytest.importorskip("triton", reason="the kernels' configs are read")
+    from fastbert.kernels.disentangled import disentangled_config
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for direction in ("fwd", "bwd_dq", "bwd_dkv", "bwd_diagonal"):
+            config = disentangled_config(dtype, arch, direction)
+            assert config.num_warps * lanes <= config.block**2, (dtype, direction)
