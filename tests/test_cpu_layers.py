@@ -114,7 +114,7 @@ def test_more_threads_than_processors(lengths, dtype):
     late to a step, if there are more threads than queues (64), and if two Python threads call at once."""
     model, batch = model_of(hidden_size=256, intermediate_size=512), batch_of(*lengths)
     if dtype == "int8":
-        fastbert.layers.quantise(model)
+        fastbert.layers.quantise(model, lambda: model(batch))
     threads = torch.get_num_threads()
 
     def passes(count: int) -> None:
@@ -132,6 +132,23 @@ def test_more_threads_than_processors(lengths, dtype):
             list(pool.map(passes, (3, 4)))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param("int8", marks=HAS_INT8)], ids=str)
+@torch.no_grad()
+def test_layers_in_several_calls(monkeypatch, dtype):
+    """Long passes are several calls, between which Python handles Ctrl-C; the last call may have fewer layers."""
+    model, batch, made = model_of(num_hidden_layers=5, hidden_size=256, intermediate_size=512), batch_of(80, 80), []
+    if dtype == "int8":
+        fastbert.layers.quantise(model, lambda: model(batch))
+    expected, call = model(batch).last_hidden_state, cpp.call
+    monkeypatch.setattr(cpp, "FEW_BYTES", 160 * 256)
+    monkeypatch.setattr(cpp, "PRODUCTS_OF_A_CALL", 2 * 160 * 256 * (4 * 256 + 2 * 512))
+    monkeypatch.setattr(cpp, "call", lambda name, *args: (made.append(name), call(name, *args))[1])
+    assert torch.equal(model(batch).last_hidden_state, expected)
+    assert [name for name in made if name.endswith("layers")] == [
+        "encoder_layers" if dtype == torch.float32 else "int8_layers"
+    ] * 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

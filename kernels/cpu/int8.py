@@ -368,12 +368,12 @@ def encoder_layers(
     y, work = x.clone(), torch.empty(4 * x.numel(), dtype=dtype, device="cpu")
     starts, sequences = address_of_starts("cu_seqlens", cu_seqlens)
     each = len(fields) // len(layers) * fields.itemsize
-    step = len(layers) if x.nbytes <= cpp.FEW_BYTES else 1  # Python handles Ctrl-C between two calls
+    step = cpp.layers_of_a_call(len(layers), x, inner)
     for number in range(0, len(layers), step):
         outcome = cpp.call(
-            "int8_layers", dtype, address("x", y, dtype, rows * width), fields.buffer_info()[0] + number * each, step,
-            starts, sequences, rows, width, inner, head_dim, cpp.ACTIVATION_NUMBERS[options.activation],
-            options.out_eps, address("work", work, dtype, work.numel()),
+            "int8_layers", dtype, address("x", y, dtype, rows * width), fields.buffer_info()[0] + number * each,
+            min(step, len(layers) - number), starts, sequences, rows, width, inner, head_dim,
+            cpp.ACTIVATION_NUMBERS[options.activation], options.out_eps, address("work", work, dtype, work.numel()),
         )  # fmt: skip
         if outcome == NO_MEMORY:
             raise MemoryError(f"int8_layers: no memory for {rows} rows of {inner} columns")

@@ -32,9 +32,10 @@ from .pointers import PLAIN, address, address_of_starts, address_or_none, addres
 # and with a copy of the weight in oneDNN's layout.
 LINEAR_ROWS = 64
 LINEAR_ROWS_LAID_OUT = 16
-# Size of x up to which `encoder_layers` runs all layers in one call; above, a call runs one layer, and Python handles
-# Ctrl-C after each. Where oneDNN can use AMX, also the limit for `encoder_layers` as a whole.
+# Size of x up to which a call always has all layers. Where oneDNN can use AMX, also the limit for `encoder_layers` as a
+# whole.
 FEW_BYTES = 288 << 10
+PRODUCTS_OF_A_CALL = 4 << 30  # multiplications of a larger call, some 30 ms of two threads with AVX-512
 UP = LayerWeights._fields.index("up")
 ACTIVATION_NUMBERS = {"gelu": 1, "gelu_tanh": 2, "relu": 3}  # as in simd.h; 0 is no activation
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -380,6 +381,13 @@ def whole_layers(nbytes: int, dtype: torch.dtype) -> bool:
     return dtype in dtypes() and (multiplies(dtype) or (nbytes <= FEW_BYTES and not is_batch_invariant()))
 
 
+def layers_of_a_call(count: int, x: Tensor, inner: int) -> int:
+    """How many of `count` layers a call computes. At its end threads wait for each other, and Python handles Ctrl-C."""
+    rows, width = x.shape
+    of_layer = rows * width * (4 * width + 2 * inner)
+    return count if x.nbytes <= FEW_BYTES else max(1, min(count, PRODUCTS_OF_A_CALL // of_layer))
+
+
 def encoder_layers(
     x: Tensor, layers: list[Tensor], options: LayerOptions, cu_seqlens: Tensor
 ) -> Tensor | None:  # fmt: skip
@@ -414,12 +422,12 @@ def encoder_layers(
     y = x.clone()
     work = torch.empty(4 * x.numel() + min(len(x), UP_ROWS) * inner, dtype=dtype, device="cpu")
     starts, sequences = address_of_starts("cu_seqlens", cu_seqlens)
-    step = count if x.nbytes <= FEW_BYTES else 1
+    step = layers_of_a_call(count, x, inner)
     for layer in range(0, count, step):
         outcome = call(
             "encoder_layers", dtype, address("x", y, dtype, x.numel()),
-            pointers.buffer_info()[0] + layer * each * pointers.itemsize, step, starts, sequences, *x.shape, inner,
-            heads, ACTIVATION_NUMBERS[options.activation], eps, is_batch_invariant(),
+            pointers.buffer_info()[0] + layer * each * pointers.itemsize, min(step, count - layer), starts,
+            sequences, *x.shape, inner, heads, ACTIVATION_NUMBERS[options.activation], eps, is_batch_invariant(),
             address("work", work, dtype, work.numel()),
         )  # fmt: skip
         if outcome == NO_MEMORY:
