@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import Encoder
+from fastbert import Encoder, whole_layer
 from fastbert.cli.main import main
 from fastbert.demo import entries
 from fastbert.encoding.assembly import run_on_random_words
+from fastbert.functional import LayerOptions
 from fastbert.inference import one_call
 from fastbert.inference.eight_bits import Int8Linear
 from fastbert.kernels import reference
@@ -259,6 +260,50 @@ def test_a_model_in_8_bits_is_one_call(folder, dtype, monkeypatch):
     assert relative_rms(together, exact.double()) < 0.02
     assert relative_rms(together, exact.double()) < 1.2 * relative_rms(one_by_one, exact.double())
     assert relative_rms(together, one_by_one.double()) < 0.02
+
+
+@in_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("inner", [64, 96, 640], ids=["a_panel", "no_whole_panels", "two_panels"])
+def test_a_layer_is_exact_but_for_its_8_bits(inner, activation, dtype):
+    """The feed-forward block's activation is quantised at once where the groups of `down` are whole panels of `up`."""
+    if dtype not in cpp.dtypes():
+        pytest.skip("this CPU has no products of bfloat16")
+    torch.manual_seed(0)
+    width, heads, lengths = 64, 2, [1, 13, 40]
+    x = (torch.randn(sum(lengths), width) * torch.rand(width) * 3).to(dtype)
+    starts = torch.tensor([0, 1, 14, 54], dtype=torch.int32)
+    shapes = {"qkv": (3 * width, width), "out": (width, width), "up": (inner, width), "down": (width, inner)}
+    linears = {name: (torch.randn(shape) / shape[1] ** 0.5).to(dtype) for name, shape in shapes.items()}
+    biases = {f"{name}_bias": torch.randn(shape[0]).to(dtype) for name, shape in shapes.items()}
+    names = ("out_norm", "out_norm_bias", "down_norm", "down_norm_bias")
+    norms = {name: torch.randn(width).to(dtype) for name in names}
+
+    parts = zip(linears["qkv"].chunk(3), biases["qkv_bias"].chunk(3), strict=True)
+    factors = {name: torch.rand(shape[1]) + 0.5 for name, shape in shapes.items()}
+    weights = [eight_bits.Int8Weight(*part, factors["qkv"]) for part in parts]
+    weights += [
+        eight_bits.Int8Weight(linears[name], biases[f"{name}_bias"], factors[name]) for name in ("out", "up", "down")
+    ]
+    layer = eight_bits.Int8Layer(*weights, tuple(norms.values()), heads)
+    assert eight_bits.fit_in_one_call(layer)
+    with torch.no_grad():
+        y = eight_bits.encoder_layers(x, [layer], LayerOptions(heads, activation), starts)
+        x[5] = float("nan")
+        spoiled = eight_bits.encoder_layers(x, [layer], LayerOptions(heads, activation), starts)
+        x[5] = 0
+    assert not spoiled[1:14].isfinite().any()  # the rest of its sequence
+    assert torch.equal(spoiled[14:], y[14:])
+    x = x.double()  # row 5 differs now
+    whole = {"qkv": torch.cat([w.weight() for w in weights[:3]])} | {
+        name: w.weight() for name, w in zip(("out", "up", "down"), weights[3:], strict=True)
+    }
+    exact = whole_layer.encoder_layer(
+        x, cu_seqlens=starts, max_seqlen=40, heads=heads, activation=activation, impl="reference",
+        **{name: t.double() for name, t in (whole | biases | norms).items()},
+    )  # fmt: skip
+    assert relative_rms(y[14:], exact[14:]) < 0.012
 
 
 @here

@@ -135,9 +135,19 @@ int attention(
             v_stride = head_dim;
         }
         const Element* rows = q + start * q_token + head * q_head;
+        // Meanwhile the next head, which this thread probably takes too, is prefetched.
+        const int next = head + 1, next_kv = next / (heads / kv_heads);
         uint64_t row_keys[ROWS];
         for (int row = 0; row < queries; row += ROWS) {
             const int n = std::min(ROWS, queries - row);
+            if (next < heads)
+                for (int i = row; i < row + n; ++i)
+                    for (int column = 0; column < head_dim; column += 64 / (int)sizeof(Element)) {
+                        fetch(rows + i * q_token + q_head + column);
+                        if (i >= length) continue;
+                        fetch(keys_of_head + i * k_token + (next_kv - kv_head) * k_head + column);
+                        fetch(of_head + i * v_token + (next_kv - kv_head) * v_head + column);
+                    }
             // only keys that at least one of these rows sees
             const int first = std::max(0, row - window.left) / WIDTH * WIDTH;
             const int of_rows = std::min(length, row + n + window.right) - first;

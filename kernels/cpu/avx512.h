@@ -32,11 +32,21 @@ inline Ints load_ints(const void* from, Mask mask) { return (Ints)_mm512_maskz_l
 // Stores the low byte of each lane.
 inline void store_bytes(uint8_t* to, Ints x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)x)); }
 
+// Stores the lanes of four registers as bytes, each limited to 0 to 255.
+inline void store_bytes(uint8_t* to, const Ints (&x)[4]) {
+    const __m512i low = _mm512_packus_epi32((__m512i)x[0], (__m512i)x[1]);
+    const __m512i high = _mm512_packus_epi32((__m512i)x[2], (__m512i)x[3]);
+    // packing keeps each quarter of a register apart
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
+}
+
 // a b + c, a b - c and c - a b, rounded once.
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats fms(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
 inline Floats fnma(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
 inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b if one is NaN
+inline Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // b if one is NaN
 inline Floats absolute(Floats x) { return _mm512_abs_ps(x); }
 inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
 // x - floor(x), zero for an infinite x.
@@ -45,6 +55,7 @@ inline Ints to_ints(Floats x) { return (Ints)_mm512_cvtps_epi32(x); }  // rounde
 inline Floats times_power_of_2(Floats x, Floats power) { return _mm512_scalef_ps(x, power); }  // x 2^floor(power)
 inline float sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float maximum_of(Floats x) { return _mm512_reduce_max_ps(x); }
+inline float minimum_of(Floats x) { return _mm512_reduce_min_ps(x); }
 
 inline Mask first_lanes(int n) { return (Mask)((1u << n) - 1); }
 inline Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }  // false if one is NaN

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int MOST_ROWS = 96;  // most rows of x that are multiplied with the panels together
 constexpr int LEAST_ELEMENTS = 8192;  // elements that a thread quantises at a time, at least
-constexpr int BLOCK_BYTES = 256 << 10;  // most bytes of the widest matrix in a thread at a time
+constexpr int BLOCK_BYTES = 576 << 10;  // most bytes of a block of rows: integers, and sums of `width` columns
 
 // Memory for `rows` rows of q and their ranges, from the thread's scratch memory.
 struct Quantised {
@@ -30,10 +30,25 @@ template <class T>
 inline void quantise(
     const typename T::Element* x, const Int8Weight& weight, const Quantised& into, int64_t to, int inner
 ) {
+    const float* factors = weight.factors;  // The compiler would read the member again after each store.
     quantise_row(
-        [&](int i) { return T::load(x + i); }, weight.factors, into.q + to * inner,
+        [=](int i) { return T::load(x + i) * load(factors + i); }, into.q + to * inner,
         into.ranges + to * (1 + inner / weight.group), inner, weight.group
     );
+}
+
+// Calls put(row, column, y) for every 16 elements of the products that int8_multiply passes on. `put` should capture values:
+// what it captures by reference is read again after each store.
+template <class Put>
+inline void by_registers(int row, int n, int column, int registers, float (*out)[ROWS][PANEL], const Put& put) {
+    for (int i = 0; i < n; ++i) {
+        const float* of_row = out[0][i];
+        if (registers == BLOCK_REGISTERS)
+#pragma GCC unroll 4
+            for (int j = 0; j < BLOCK_REGISTERS; ++j) put(row + i, column + j * WIDTH, load(of_row + j * WIDTH));
+        else
+            for (int j = 0; j < registers; ++j) put(row + i, column + j * WIDTH, load(of_row + j * WIDTH));
+    }
 }
 
 template <class T>
@@ -52,9 +67,11 @@ int int8_linear(
             const int first = chunk / panels * MOST_ROWS, panel = chunk % panels;
             int8_multiply(
                 quantised.q + (int64_t)first * inner, quantised.ranges + (int64_t)first * (1 + groups),
-                std::min(MOST_ROWS, rows - first), inner, weight, columns, panel, panel + 1,
-                [&](int row, int column, Floats z) {
-                    T::store(y + (first + row) * y_stride + column, activate(z, activation));
+                std::min(MOST_ROWS, rows - first), inner, weight, weight.sums, columns, panel, panel + 1, 1,
+                [=](int row, int n, int column, int registers, float (*out)[ROWS][PANEL]) {
+                    by_registers(row, n, column, registers, out, [=](int row, int column, Floats z) {
+                        T::store(y + (first + row) * y_stride + column, activate(z, activation));
+                    });
                 }
             );
         });
@@ -68,65 +85,121 @@ struct Rows {
     using Element = typename T::Element;
     int rows, width, inner, activation;
     float eps;
-    Quantised quantised;  // [rows, the wider of width and inner]
-    Element* up;          // [rows, inner]
-    float* sum;           // [rows, width]
+    Quantised narrow, wide;  // [rows, width], [rows, inner]
+    float* sum;              // [rows, width]
+    Element* up;             // [rows, inner], where the activation is not quantised at once
 
+    static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
     static size_t bytes(int rows, int width, int inner, int groups) {
-        return Quantised::bytes(rows, std::max(width, inner), groups) + (size_t)rows * inner * sizeof(Element) + 64 +
-               (size_t)rows * width * sizeof(float);
+        return Quantised::bytes(rows, width, groups) + Quantised::bytes(rows, inner, groups) +
+               rounded((size_t)rows * inner * sizeof(Element)) + (size_t)rows * width * sizeof(float);
     }
 
     Rows(char* memory, int rows, int width, int inner, int groups, int activation, float eps)
-        : rows(rows), width(width), inner(inner), activation(activation), eps(eps),
-          quantised(memory, rows, std::max(width, inner)),
-          up((Element*)(memory + Quantised::bytes(rows, std::max(width, inner), groups))),
-          sum((float*)((char*)up + ((size_t)rows * inner * sizeof(Element) + 63) / 64 * 64)) {}
+        : rows(rows), width(width), inner(inner), activation(activation), eps(eps), narrow(memory, rows, width),
+          wide(memory + Quantised::bytes(rows, width, groups), rows, inner),
+          sum((float*)(memory + Quantised::bytes(rows, width, groups) + Quantised::bytes(rows, inner, groups))),
+          up((Element*)(sum + (size_t)rows * width)) {}
 
     // Quantises x [rows, from], contiguous, for products with this weight.
-    void read(const Element* x, const Int8Weight& weight, int from) const {
-        for (int row = 0; row < rows; ++row) quantise<T>(x + (int64_t)row * from, weight, quantised, row, from);
+    void read(const Element* x, const Int8Weight& weight, int from, const Quantised& into) const {
+        for (int row = 0; row < rows; ++row) quantise<T>(x + (int64_t)row * from, weight, into, row, from);
     }
 
     template <class Put>
-    void multiply(const Int8Weight& weight, int from, int to, const Put& put) const {
-        int8_multiply(quantised.q, quantised.ranges, rows, from, weight, to, 0, (to + PANEL - 1) / PANEL, put);
+    void multiply(
+        const Quantised& x, const Int8Weight& weight, const float* of_low, int from, int to, int together,
+        const Put& put
+    ) const {
+        int8_multiply(
+            x.q, x.ranges, rows, from, weight, of_low, to, 0, (to + PANEL - 1) / PANEL, together, put
+        );
     }
 
     // q, k, v [rows, inside]; inside: the width of all heads
     void query_key_value(
         const Element* x, const Int8Layer<Element>& layer, int inside, Element* q, Element* k, Element* v
     ) const {
-        read(x, layer.query, width);  // query, key and value have the same factors
+        read(x, layer.query, width, narrow);  // query, key and value have the same factors
         for (const auto& [weight, y] : {std::pair{&layer.query, q}, {&layer.key, k}, {&layer.value, v}})
-            multiply(*weight, width, inside, [&, y = y](int row, int column, Floats z) {
-                T::store(y + (int64_t)row * inside + column, z);
+            multiply(narrow, *weight, weight->sums, width, inside, 1,
+                     [&, y = y](int row, int n, int column, int registers, float (*out)[ROWS][PANEL]) {
+                by_registers(row, n, column, registers, out, [y, inside](int row, int column, Floats z) {
+                    T::store(y + (int64_t)row * inside + column, z);
+                });
             });
     }
 
-    // x = LayerNorm(x + the product of the rows that `read` has quantised)
-    void add_norm(Element* x, const Int8Weight& weight, const Linear<Element>& norm, int from) const {
-        multiply(weight, from, width, [&](int row, int column, Floats z) {
-            const int64_t at = (int64_t)row * width + column;
-            store(sum + at, z + T::load(x + at));
+    // x = LayerNorm(x + the product of `of` with weight). If `next` is not null, `narrow` becomes x quantised for products
+    // with it.
+    void add_norm(
+        const Quantised& of, Element* x, const Int8Weight& weight, const float* of_low, const Linear<Element>& norm,
+        int from, const Int8Weight* next
+    ) const {
+        multiply(of, weight, of_low, from, width, 1,
+                 [&](int row, int n, int column, int registers, float (*out)[ROWS][PANEL]) {
+            by_registers(row, n, column, registers, out, [x, sum = sum, width = width](int row, int column, Floats z) {
+                const int64_t at = (int64_t)row * width + column;
+                store(sum + at, z + T::load(x + at));
+            });
         });
         for (int row = 0; row < rows; ++row) {
-            const float* of_row = sum + (int64_t)row * width;
-            layer_norm_of_row<T>(
-                [&](int i) { return load(of_row + i); }, norm.weight, norm.bias, x + (int64_t)row * width, width, eps
-            );
+            float* of_row = sum + (int64_t)row * width;
+            Element* y = x + (int64_t)row * width;
+            const auto z = [=](int i) { return load(of_row + i); };
+            if (!next) {
+                layer_norm_of_row<T>(z, norm.weight, norm.bias, y, width, eps);
+                continue;
+            }
+            const Moments m = moments_of_row(z, width, eps);
+            const Floats rstd = floats(m.rstd);
+            const Element *scale = norm.weight, *shift = norm.bias;
+            const float* factors = next->factors;
+            for (int i = 0, count = width; i < count; i += WIDTH) {
+                const Floats scaled = (z(i) - m.mean - m.rest) * rstd * T::load(scale + i);
+                const Floats normed = scaled + T::load(shift + i);
+                T::store(y + i, normed);
+                store(of_row + i, normed * load(factors + i));
+            }
+            quantise_row(z, narrow.q + (int64_t)row * width, narrow.ranges + row * (1 + width / next->group), width,
+                         next->group);
         }
     }
 
-    void after_attention(const Element* o, const Int8Layer<Element>& layer, int inside, Element* x) const {
-        read(o, layer.output, inside);
-        add_norm(x, layer.output, layer.norm, inside);
-        read(x, layer.up, width);
-        multiply(layer.up, width, inner, [&](int row, int column, Floats z) {
-            T::store(up + (int64_t)row * inner + column, activate_for_8_bits(z, activation));
+    // Whether the activation can be quantised at once: the groups of `down` are a few whole panels of `up`.
+    bool quantises_at_once(const Int8Layer<Element>& layer) const {
+        return activation && layer.down.group % PANEL == 0 && layer.down.group <= MOST_TOGETHER * PANEL;
+    }
+
+    // wide = activation(the product of narrow with `up`), quantised for products with `down`.
+    template <int ACTIVATION>
+    void feed_up(const Int8Layer<Element>& layer) const {
+        const int group = layer.down.group, groups = inner / group;
+        for (int row = 0; row < rows; ++row) wide.ranges[row * (1 + groups)] = least_of(ACTIVATION);
+        multiply(narrow, layer.up, layer.up.sums, width, inner, group / PANEL,
+                 [&](int row, int n, int column, int, float (*out)[ROWS][PANEL]) {
+            activate_and_quantise<ACTIVATION>(
+                out, n, group / PANEL, layer.down.factors + column, wide.q + (int64_t)row * inner + column, inner,
+                wide.ranges + row * (1 + groups) + 1 + column / group, 1 + groups
+            );
         });
-        read(up, layer.down, inner);
-        add_norm(x, layer.down, layer.last_norm, inner);
+    }
+
+    void after_attention(const Element* o, const Int8Layer<Element>& layer, int inside, Element* x) const {
+        read(o, layer.output, inside, narrow);
+        add_norm(narrow, x, layer.output, layer.output.sums, layer.norm, inside, &layer.up);
+        if (quantises_at_once(layer)) {
+            activation == 1 ? feed_up<1>(layer) : activation == 2 ? feed_up<2>(layer) : feed_up<3>(layer);
+            return add_norm(wide, x, layer.down, layer.down.raised, layer.last_norm, inner, nullptr);
+        }
+        multiply(narrow, layer.up, layer.up.sums, width, inner, 1,
+                 [&](int row, int n, int column, int registers, float (*out)[ROWS][PANEL]) {
+            by_registers(row, n, column, registers, out, [up = up, inner = inner, activation = activation](
+                int row, int column, Floats z
+            ) { T::store(up + (int64_t)row * inner + column, activate_for_8_bits(z, activation)); });
+        });
+        read(up, layer.down, inner, wide);
+        add_norm(wide, x, layer.down, layer.down.sums, layer.last_norm, inner, nullptr);
     }
 };
 
@@ -142,7 +215,7 @@ int int8_layers(
     const int threads = omp_get_max_threads();
     const auto inside = [&](int number) { return (int)layers[number].heads * head_dim; };  // at most width
     const int groups = std::max(width, inner) / WIDTH;  // an upper bound
-    const int most = std::max(ROWS, BLOCK_BYTES / (int)(inner * sizeof(Element)) / ROWS * ROWS);
+    const int most = std::max(ROWS, BLOCK_BYTES / (width + inner + width * (int)sizeof(float)) / ROWS * ROWS);
     const int blocks = round_up((rows + most - 1) / most, threads);
     const int of_block = round_up((rows + blocks - 1) / blocks, ROWS);
     std::atomic<bool> failed{false};

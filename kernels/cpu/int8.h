@@ -5,6 +5,11 @@
 //     q = round((z - low) / step)                                  [rows, inner]    uint8
 //     y = sum over groups of step * scales * (q Q^T) + low * sums + bias            q Q^T exact, in int32
 //
+// An activation has a least value that is known beforehand. Its results are quantised as soon as a group is complete:
+//
+//     z = (activation(h) - least) * factors, step = max z of a group / 255, q = round(z / step)
+//     y = sum over groups of step * scales * (q Q^T) + least * raised + bias        raised: sums of Q * scales * factors
+//
 // Q [columns, inner] int8 is laid out once by `int8.py`, in panels of PANEL columns with four adjacent elements of a
 // column together. A row's result does not depend on the other rows.
 
@@ -17,135 +22,147 @@
 namespace {
 
 constexpr int ROWS = BLOCK_ROWS, PANEL = BLOCK_REGISTERS * WIDTH, QUAD = 4;
+constexpr int MOST_TOGETHER = 4;  // most panels in a group whose products are quantised as soon as they are complete
 constexpr float LEAST_EXTENT = 1e-30f;  // if max z - low of a group is less, all of its elements are quantised to 0
 
-// x(i) returns 16 elements of a row from i on, in float32. Fills q [width] and range [1 + groups]: low, then the step of
-// each group. If an element is not finite, low is NaN, and so is the whole row of a product.
-template <class X>
-inline void quantise_row(const X& x, const float* factors, uint8_t* q, float* range, int width, int group) {
+// Sets the step of a group of this extent, and returns 1 / step, or 0 for a step of 0. The step is NaN if extent is NaN.
+inline float per_step(float extent, float& step) {
+    const bool varies = extent > LEAST_EXTENT;
+    step = varies ? extent / 255 : extent * 0.0f;
+    return varies ? 255 / extent : 0.0f;
+}
+
+// z_of(i) returns 16 elements of z from i on. Fills q [width] and range [1 + groups]: low, then the step of each group. If
+// an element is not finite, low is NaN, and so is the whole row of a product.
+template <class Z>
+inline void quantise_row(const Z& z_of, uint8_t* q, float* range, int width, int group) {
     const Floats infinite = floats(std::numeric_limits<float>::infinity());
-    Floats most_negated = floats(0.0f) - infinite, odd = floats(0.0f);
+    Floats least = infinite, odd = floats(0.0f);
     float* steps = range + 1;
     for (int first = 0; first < width; first += group) {
         Floats most = floats(0.0f) - infinite;
         for (int i = first; i < first + group; i += WIDTH) {
-            const Floats z = x(i) * load(factors + i);
+            const Floats z = z_of(i);
             most = maximum(z, most);
-            most_negated = maximum(floats(0.0f) - z, most_negated);
+            least = minimum(z, least);
             odd = fma(z, floats(0.0f), odd);  // NaN if z is NaN or infinite, else 0
         }
         steps[first / group] = maximum_of(most);
     }
-    const float low = -maximum_of(most_negated);
+    const float low = minimum_of(least);
     range[0] = low + sum_of(odd);
     for (int first = 0; first < width; first += group) {
         float& step = steps[first / group];
-        const float extent = step - low;
-        const bool varies = extent > LEAST_EXTENT;
-        step = varies ? extent / 255 : 0.0f;
-        const Floats per_step = floats(varies ? 255 / extent : 0.0f);
-        for (int i = first; i < first + group; i += WIDTH) {
-            const Floats z = x(i) * load(factors + i);
-            store_bytes(q + i, to_ints((z - floats(low)) * per_step));
-        }
+        const Floats of_group = floats(per_step(step - low, step));
+        const auto quantised = [&](int i) { return to_ints((z_of(i) - floats(low)) * of_group); };
+        int i = first;
+        for (; i + PANEL <= first + group; i += PANEL)
+            store_bytes(q + i, {quantised(i), quantised(i + WIDTH), quantised(i + 2 * WIDTH), quantised(i + 3 * WIDTH)});
+        for (; i < first + group; i += WIDTH) store_bytes(q + i, quantised(i));
     }
 }
 
-// Adds the product of one group of M rows of q with one panel, without low, to out [M, PANEL]; FIRST overwrites. This is
-// a separate function because, inlined into its caller, the compiler kept the sums of this loop in memory.
-template <int M, bool FIRST>
+// out [M, PANEL] = the product of M rows of q with one panel, with low times `of_low` and the bias. This is a separate
+// function because, inlined into its caller, the compiler kept the sums of this loop in memory.
+template <int M>
 [[gnu::noinline, gnu::target("avx512vnni")]] void int8_tile(
-    const uint8_t* q, int64_t q_stride, const float* step, int64_t step_stride, const int8_t* panel, int quads,
-    const float* scales, float (*out)[PANEL]
+    const uint8_t* q, int64_t q_stride, const float* ranges, int64_t range_stride, const int8_t* panel, int groups,
+    int quads, const float* scales, const float* of_low, const float* bias, float (*out)[PANEL]
 ) {
-    __m512i sum[M][BLOCK_REGISTERS];
+#pragma GCC unroll 4
+    for (int j = 0; j < BLOCK_REGISTERS; ++j) {
+        const Floats a = load(of_low + j * WIDTH), b = load(bias + j * WIDTH);
 #pragma GCC unroll 6
-    for (int i = 0; i < M; ++i)
+        for (int i = 0; i < M; ++i) store(out[i] + j * WIDTH, fma(floats(ranges[i * range_stride]), a, b));
+    }
+    for (int group = 0; group < groups; ++group) {
+        ++ranges;
+        asm volatile("" ::: "memory");  // keeps `out` out of the registers, which the sums need
+        __m512i sum[M][BLOCK_REGISTERS];
+#pragma GCC unroll 6
+        for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < BLOCK_REGISTERS; ++j) sum[i][j] = _mm512_setzero_si512();
-    for (int quad = 0; quad < quads; ++quad, q += QUAD, panel += QUAD * PANEL) {
-        __m512i of_panel[BLOCK_REGISTERS];
+            for (int j = 0; j < BLOCK_REGISTERS; ++j) sum[i][j] = _mm512_setzero_si512();
+        for (int quad = 0; quad < quads; ++quad, q += QUAD, panel += QUAD * PANEL) {
+            __m512i of_panel[BLOCK_REGISTERS];
 #pragma GCC unroll 4
-        for (int j = 0; j < BLOCK_REGISTERS; ++j) of_panel[j] = _mm512_loadu_si512(panel + j * QUAD * WIDTH);
+            for (int j = 0; j < BLOCK_REGISTERS; ++j) of_panel[j] = _mm512_loadu_si512(panel + j * QUAD * WIDTH);
+#pragma GCC unroll 6
+            for (int i = 0; i < M; ++i) {
+                const __m512i of_row = (__m512i)as_ints(broadcast_lane(q + i * q_stride));
+#pragma GCC unroll 4
+                for (int j = 0; j < BLOCK_REGISTERS; ++j)
+                    sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], of_row, of_panel[j]);
+            }
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < BLOCK_REGISTERS; ++j) asm("" : "+v"(sum[i][j]));  // keeps the sums in registers
 #pragma GCC unroll 6
         for (int i = 0; i < M; ++i) {
-            const __m512i of_row = (__m512i)as_ints(broadcast_lane(q + i * q_stride));
+            const Floats of_row = floats(ranges[i * range_stride]);
 #pragma GCC unroll 4
-            for (int j = 0; j < BLOCK_REGISTERS; ++j)
-                sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], of_row, of_panel[j]);
+            for (int j = 0; j < BLOCK_REGISTERS; ++j) {
+                float* to = out[i] + j * WIDTH;
+                const Floats z = _mm512_cvtepi32_ps(sum[i][j]) * load(scales + j * WIDTH);
+                store(to, fma(z, of_row, load(to)));
+            }
         }
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < BLOCK_REGISTERS; ++j) asm("" : "+v"(sum[i][j]));  // keeps the sums in registers
-#pragma GCC unroll 6
-    for (int i = 0; i < M; ++i) {
-        const Floats of_row = floats(step[i * step_stride]);
-#pragma GCC unroll 4
-        for (int j = 0; j < BLOCK_REGISTERS; ++j) {
-            float* to = out[i] + j * WIDTH;
-            const Floats z = _mm512_cvtepi32_ps(sum[i][j]) * load(scales + j * WIDTH);
-            store(to, FIRST ? z * of_row : fma(z, of_row, load(to)));
-        }
+        scales += PANEL;
     }
 }
 
-// Calls put(row, column, y) for every 16 elements of y: rows of q [rows, inner] times the panels `first` to `end`.
+// Multiplies rows of q [rows, inner] with the panels `first` to `end`, `together` at a time (at most MOST_TOGETHER).
+// Calls put(row, n, column, registers, out) for the products of n rows from `row` on: out [together][ROWS][PANEL], of which
+// `registers` registers from `column` on are columns. of_low: what low is multiplied with.
 template <class Put>
 void int8_multiply(
-    const uint8_t* q, const float* ranges, int rows, int inner, const Int8Weight& weight, int columns, int first, int end,
-    const Put& put
+    const uint8_t* q, const float* ranges, int rows, int inner, const Int8Weight& weight, const float* of_low,
+    int columns, int first, int end, int together, const Put& put
 ) {
     const int groups = inner / weight.group, quads = weight.group / QUAD;
-    const int64_t of_panel = (int64_t)PANEL * inner, of_group = (int64_t)PANEL * weight.group;
-    for (int p = first; p < end; ++p) {
-        const int column = p * PANEL, registers = std::min(PANEL, columns - column) / WIDTH;
-        const int8_t* panel = weight.panels + p * of_panel;
-        const float* scales = weight.scales + (int64_t)p * groups * PANEL;
+    const int64_t of_panel = (int64_t)PANEL * inner;
+    for (int p = first; p < end; p += together) {
+        const int column = p * PANEL, panels = std::min(together, end - p), last = p + panels;
+        const int registers = (std::min(columns, last * PANEL) - column) / WIDTH;
+        const int64_t next = of_panel * std::min(together, end - last);  // bytes to prefetch
         for (int row = 0; row < rows; row += ROWS) {
             const int n = std::min(ROWS, rows - row);
-            if (p + 1 < end)  // prefetches the next panel, a part of it with each group of rows
-                for (int64_t at = of_panel * row / rows / 64 * 64; at < of_panel * (row + n) / rows; at += 64)
-                    fetch(panel + of_panel + at);
-            alignas(64) float out[ROWS][PANEL];
-            const uint8_t* of_rows = q + (int64_t)row * inner;
-            const float* range = ranges + (int64_t)row * (1 + groups);
-            switch (n) {
+            // a part of the next panels with each group of rows
+            for (int64_t at = next * row / rows / 64 * 64; at < next * (row + n) / rows; at += 64)
+                fetch(weight.panels + last * of_panel + at);
+            alignas(64) float out[MOST_TOGETHER][ROWS][PANEL];
+            for (int t = 0; t < panels; ++t) {
+                const int64_t at = (int64_t)(p + t) * PANEL;
+                switch (n) {
 #define OF_ROWS(M)                                                                                                 \
     case M:                                                                                                        \
-        int8_tile<M, true>(of_rows, inner, range + 1, 1 + groups, panel, quads, scales, out);                      \
-        for (int group = 1; group < groups; ++group)                                                               \
-            int8_tile<M, false>(of_rows + group * weight.group, inner, range + 1 + group, 1 + groups,              \
-                                panel + group * of_group, quads, scales + group * PANEL, out);                     \
+        int8_tile<M>(q + (int64_t)row * inner, inner, ranges + (int64_t)row * (1 + groups), 1 + groups,            \
+                     weight.panels + (p + t) * of_panel, groups, quads, weight.scales + at * groups, of_low + at,  \
+                     weight.bias + at, out[t]);                                                                    \
         break;
-                OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
+                    OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
 #undef OF_ROWS
-            }
-            for (int j = 0; j < registers; ++j) {
-                const int at = column + j * WIDTH;
-                const Floats sums = load(weight.sums + at), bias = load(weight.bias + at);
-                for (int i = 0; i < n; ++i) {
-                    const Floats low = floats(range[i * (1 + groups)]);
-                    put(row + i, at, load(out[i] + j * WIDTH) + fma(low, sums, bias));
                 }
             }
+            put(row, n, column, registers, out);
         }
     }
 }
 
 // max(x, 0) - GELU(x) is |x| times the normal distribution's tail beyond |x|. The table has a parabola of |x| for each of
-// 32 intervals, through the values at three Chebyshev points, with an error of at most 2e-5. Beyond the last interval
-// the difference counts as zero.
+// 16 intervals around multiples of 1 / PER_ONE, through the values at three Chebyshev points, with an error of at most
+// 6e-5. Beyond the last interval the difference stays as it is at its end, 2e-4.
 struct GeluTable {
-    static constexpr int COUNT = 32;
-    static constexpr float PER_ONE = 6;
+    static constexpr int COUNT = WIDTH;
+    static constexpr float PER_ONE = 4;
     alignas(64) float coefficients[3][COUNT];
     GeluTable() {
         for (int interval = 0; interval < COUNT; ++interval) {
             double x[3], f[3];
             for (int i = 0; i < 3; ++i) {
-                x[i] = (interval + 0.5 + 0.5 * std::cos(M_PI * (2 * i + 1) / 6)) / PER_ONE;
+                x[i] = (interval + 0.5 * std::cos(M_PI * (2 * i + 1) / 6)) / PER_ONE;
                 f[i] = x[i] * 0.5 * std::erfc(x[i] / std::sqrt(2.0));
             }
             const double slope = (f[1] - f[0]) / (x[1] - x[0]);
@@ -159,12 +176,11 @@ struct GeluTable {
 const GeluTable gelu_table;
 
 inline Floats gelu_for_8_bits(Floats x) {
-    const Floats end = floats(GeluTable::COUNT / GeluTable::PER_ONE * 0.9999f);
-    const Floats u = _mm512_min_ps(absolute(x), end);
-    const __m512i interval = _mm512_cvttps_epi32(u * floats(GeluTable::PER_ONE));
+    const Floats u = minimum(absolute(x), floats((GeluTable::COUNT - 0.5f) / GeluTable::PER_ONE * 0.9999f));
+    // adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits
+    const Ints interval = as_ints(fma(u, floats(GeluTable::PER_ONE), floats(12582912.0f)));
     const auto coefficient = [&](int degree) {
-        const float* of = gelu_table.coefficients[degree];
-        return _mm512_permutex2var_ps(load(of), interval, load(of + WIDTH));
+        return _mm512_permutexvar_ps((__m512i)interval, load(gelu_table.coefficients[degree]));
     };
     const Floats lack = fma(fma(coefficient(2), u, coefficient(1)), u, coefficient(0));
     return maximum(floats(0.0f), x) - lack;
@@ -172,6 +188,43 @@ inline Floats gelu_for_8_bits(Floats x) {
 
 inline Floats activate_for_8_bits(Floats x, int activation) {
     return activation == 1 ? gelu_for_8_bits(x) : activate(x, activation);
+}
+
+// No activation of the feed-forward block is less than this; GELU's minimum is -0.16997, by tanh -0.17004.
+inline float least_of(int activation) { return activation == 3 ? 0.0f : -0.1701f; }
+
+// Quantises the activation of one group of columns, out [panels][ROWS][PANEL], which is overwritten. factors, q and steps
+// begin with those of the first row and column. A row's step is not finite if one of its elements is not.
+template <int ACTIVATION>
+void activate_and_quantise(
+    float (*out)[ROWS][PANEL], int rows, int panels, const float* factors, uint8_t* q, int64_t q_stride, float* steps,
+    int64_t step_stride
+) {
+    const Floats least = floats(least_of(ACTIVATION));
+    float of_row[ROWS];
+    for (int i = 0; i < rows; ++i) {
+        __m512i most = _mm512_setzero_si512();
+        for (int p = 0; p < panels; ++p)
+#pragma GCC unroll 4
+            for (int j = 0; j < BLOCK_REGISTERS; ++j) {
+                float* at = out[p][i] + j * WIDTH;
+                const Floats y = activate_for_8_bits(load(at), ACTIVATION);
+                const Floats z = absolute((y - least) * load(factors + p * PANEL + j * WIDTH));
+                store(at, z);
+                most = _mm512_max_epi32(most, (__m512i)as_ints(z));  // as integers NaN is greater than all numbers
+            }
+        const int32_t bits = _mm512_reduce_max_epi32(most);
+        float extent;
+        std::memcpy(&extent, &bits, sizeof extent);
+        of_row[i] = per_step(extent, steps[i * step_stride]);
+    }
+    for (int i = 0; i < rows; ++i) {
+        const Floats per = floats(of_row[i]);
+        for (int p = 0; p < panels; ++p) {
+            const auto quantised = [&](int j) { return to_ints(load(out[p][i] + j * WIDTH) * per); };
+            store_bytes(q + i * q_stride + p * PANEL, {quantised(0), quantised(1), quantised(2), quantised(3)});
+        }
+    }
 }
 
 }  // namespace

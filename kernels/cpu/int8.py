@@ -7,7 +7,8 @@
     y = sum over groups of step scales (q Q^T) + low sums + bias           [M, N]; q Q^T in int32, exact
 
 `sums` [N] are the row sums of scales * Q. `factors` move outlier columns of x into the weight (SmoothQuant,
-arXiv:2211.10438; `balance`). Every row of x has ranges of its own, so a text's vector does not depend on its batch.
+arXiv:2211.10438; `balance`). Every row of x has ranges of its own, so a text's vector does not depend on its batch. In
+a whole layer the feed-forward block's activation is quantised from a least value that is known beforehand (int8.h).
 There are three engines:
 
     C++         int8.h, with AVX512-VNNI: products, activations and whole layers; groups of up to GROUP elements
@@ -37,7 +38,7 @@ from .pointers import PLAIN, address, address_of_starts, addresses, strided_addr
 INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 LARGEST = 127
 QUAD = 4  # adjacent elements of a weight's row that one instruction multiplies
-GROUP = 96  # the most adjacent elements of a row that share a scale, or a step
+GROUP = 128  # the most adjacent elements of a row that share a scale, or a step
 TORCH_BLOCK = 256  # rows of one call of oneDNN's product, so that its intermediate results stay in the cache
 SMALLEST = 1e-30  # the least scale; where max z - low of a group is less, all of its elements are quantised to 0
 # SHARE: the exponent in `balance`; 0 leaves the differences between columns in x, 1 moves them into the weight.
@@ -179,7 +180,8 @@ class Int8Weight:
         self.columns, self.inner = integers.shape
         self.group = self.inner // scales.shape[1]
         self.factors, self.bias = factors, bias
-        self.sums = (integers.unflatten(1, (-1, self.group)).sum(2) * scales).sum(1)
+        grouped = integers.unflatten(1, (-1, self.group))
+        self.sums = (grouped.sum(2) * scales).sum(1)
         self.in_cpp = is_in_cpp()
         if not self.in_cpp:
             self.scales = scales
@@ -187,8 +189,9 @@ class Int8Weight:
             self.in_onednn = self.group == self.inner and why_not() is None
             self.blocked = torch.ops.onednn.qlinear_prepack(integers, None) if self.in_onednn else integers
             return
+        raised = (torch.einsum("ngk,gk->ng", grouped.float(), factors.view(-1, self.group)) * scales).sum(1)
         missing = -self.columns % INT8_PANEL  # columns that fill up the last panel
-        self.sums, self.bias = F.pad(self.sums, (0, missing)), F.pad(bias, (0, missing))
+        self.sums, self.bias, self.raised = (F.pad(t, (0, missing)) for t in (self.sums, bias, raised))
         scales = F.pad(scales, (0, 0, 0, missing)).unflatten(0, (-1, INT8_PANEL))
         self.scales = scales.transpose(1, 2).contiguous()  # [panels, groups, INT8_PANEL]
         quads = F.pad(integers, (0, 0, 0, missing)).view(-1, INT8_PANEL, self.inner // QUAD, QUAD)
@@ -202,6 +205,7 @@ class Int8Weight:
                 address("sums", self.sums, torch.float32, padded),
                 address("bias", self.bias, torch.float32, padded),
                 address("factors", self.factors, torch.float32, self.inner),
+                address("raised", self.raised, torch.float32, padded),
                 self.group,
             ),
         )
@@ -226,7 +230,7 @@ class Int8Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that this object holds."""
-        held = (self.scales, self.bias, self.sums, self.factors)
+        held = (self.scales, self.bias, self.sums, self.factors, *([self.raised] if self.in_cpp else []))
         return self.columns * self.inner + sum(t.nbytes for t in held)
 
     def __getstate__(self) -> tuple[Tensor, ...]:

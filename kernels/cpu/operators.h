@@ -35,6 +35,7 @@ struct Int8Weight {
     const float* sums;     // [columns], sums of the integers times their scales
     const float* bias;     // [columns]
     const float* factors;  // [inner], factors of x
+    const float* raised;   // [columns], sums of the integers times their scales and their columns' factors
     int64_t group;         // how many adjacent elements of a row share a scale
 };
 
