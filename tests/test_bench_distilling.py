@@ -58,6 +58,21 @@ def test_a_stopped_benchmark_continues_with_the_missing_runs(data, tmp_path, mon
 
 
 @pytest.mark.once
+def test_a_share_is_of_the_own_teacher():
+    """Of two teachers in a file the last one once gave the shares of all students."""
+    common = {"study": "sst2", "seed": 0, "losses": {"labels": 1.0}, "temperature": None, "examples": 9, "epochs": 1}
+    runs = [
+        {**common, "row": row, "teacher": teacher, "score": score, "lr": 0.1}
+        for row, scores in (("teacher", (0.8, 0.5)), ("labels", (0.4, 0.4)))
+        for teacher, score in zip("ab", scores, strict=True)
+    ]
+    lines = distilling.table(runs).splitlines()[2:]
+    assert [line.split("|")[4:6] for line in lines] == [
+        [" 0.8000 ", " 100.0% "], [" 0.5000 ", " 100.0% "], [" 0.4000 ", " 50.0% "], [" 0.4000 ", " 80.0% "]
+    ]  # fmt: skip
+
+
+@pytest.mark.once
 def test_the_longest_examples_in_their_order(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text("text\tlabel\nabc\t0\na\t1\nabcde\t1\nab\t0\n")

@@ -276,7 +276,10 @@ def test_a_folder_with_another_model_is_not_overwritten(teachers, tmp_path, caps
         ("prune", teachers["sentence"], "--magnitude", 0.5, *training, "--resume"),
     ):
         assert run(*command, "--out", own) == 1
-        assert f"{own} has a model that was not trained there: give another --out" in capsys.readouterr().err
+        assert f"{own} has a model already: give another --out\n" in capsys.readouterr().err
+    (own / "metrics.jsonl").write_text("")  # as of a run whose checkpoints were removed
+    assert run("finetune", "--model", teachers["sentence"], "--task", "sentence", *training, "--out", own) == 1
+    assert "give another --out, or --resume to go on with the run that made it" in capsys.readouterr().err
     assert run("finetune", "--model", own, "--task", "sentence", *training, "--out", own) == 1
     assert "is the folder of the model to begin with" in capsys.readouterr().err
     assert (own / "model.safetensors").read_bytes() == whole
@@ -295,6 +298,16 @@ def test_an_invalid_history_is_refused_before_the_training(teachers, tmp_path, c
         assert run("finetune", "--model", own, "--task", "sentence", *training, "--out", tmp_path / "out") == 1
         assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_student_that_is_a_model_continues_its_own_history(teachers, tmp_path):
+    """A pruned student that learns from its teacher again once had the steps of the teacher alone."""
+    data, first, pruned, out = write_examples("sentence", tmp_path / "data"), *(tmp_path / name for name in "abc")
+    assert distill(teachers["sentence"], "sentence", data, first, "--epochs", 1) == 0
+    assert run("prune", first, "-o", pruned, "--heads", "0:1", "-q") == 0
+    assert distill(teachers["sentence"], "sentence", data, out, "--epochs", 1, student=pruned) == 0
+    steps = json.loads((out / "compression.json").read_text())["steps"]
+    assert [step["command"] for step in steps] == ["distill", "prune", "distill"]
 
 
 def test_layers_without_heads_are_not_compared(teachers, tmp_path, capsys):

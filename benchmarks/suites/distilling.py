@@ -217,13 +217,13 @@ def speed_beside(teacher: str, student: str, test: Path, turns: int) -> dict[str
 def table(runs: list[dict[str, Any]]) -> str:
     """The table of all seeds' scores, their share of the teacher's, and speed."""
     lines = ["| data | row | learnt | score: by seed | least, of the teacher's | tokens a second |", "| --- " * 6 + "|"]
-    of_teacher = {run["study"]: run["score"] for run in runs if run["row"] == "teacher"}
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    of_teacher = {(run["study"], run["teacher"]): run["score"] for run in runs if run["row"] == "teacher"}
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for run in runs:
-        groups.setdefault((run["study"], run["row"], learnt(run)), []).append(run)
-    for (study, row, what), some in groups.items():
+        groups.setdefault((run["study"], run["teacher"], run["row"], learnt(run)), []).append(run)
+    for (study, teacher, row, what), some in groups.items():
         scores = [run["score"] for run in some]
-        share = f"{min(scores) / of_teacher[study]:.1%}" if study in of_teacher else ""
+        share = f"{min(scores) / of_teacher[study, teacher]:.1%}" if (study, teacher) in of_teacher else ""
         ratios = [ratio for run in some if run.get("speed") for ratio in run["speed"]["ratios"]]
         speed = ""
         if ratios:

@@ -38,7 +38,7 @@ from .distilled import RELATIONS, Distilled, Divisor, Recipe, TaskDistilled, Wor
 from .folders import add_step, digest_of, history_of
 from .layer_maps import layer_pairs
 from .logits import logits_of
-from .students import make_student
+from .students import is_new, make_student
 
 TEXTS_MEASURED = 64  # texts to which a bottleneck is fitted
 
@@ -83,10 +83,14 @@ class Method:
         """Values that must be the same when a run is resumed."""
         return {**asdict(self), "teacher of SHA-256": digest_of(teacher.state_dict())}
 
+    def begins_with(self, teacher: str) -> str:
+        """The model whose HISTORY the student continues: a student that is a model, or the teacher."""
+        return teacher if is_new(self.student) else self.student
+
     def note(self, teacher: str, out: Path, processes: Processes) -> None:
-        """Writes HISTORY into `out`: that of the teacher with this command added."""
+        """Writes HISTORY into `out`, with this command added."""
         if processes.rank == 0:
-            add_step(teacher, out, {"command": "distill", "model": teacher, **asdict(self)})
+            add_step(self.begins_with(teacher), out, {"command": "distill", "model": teacher, **asdict(self)})
 
     def facts(self, teacher: str, models: tuple[BertHead, BertHead], recipe: Recipe) -> dict[str, Any]:
         """Entries of the report. models: (student, teacher)."""
@@ -154,7 +158,7 @@ def distill(
 
     Raises: as `finetune`, and InputError if teacher, student and data do not fit.
     """
-    history_of(request.model)
+    history_of(method.begins_with(request.model))
     with Processes.join(request.device) as processes:
         prepare = partial(_task_prepared, method=method, changes=changes)
         done = finetuning.carry_out(request, processes, report, prepare)
@@ -265,7 +269,7 @@ def distill_words(
 
     Raises: as `pretrain`, and InputError if teacher, student and text do not fit.
     """
-    history_of(request.tokenizer)
+    history_of(method.begins_with(request.tokenizer))
     with Processes.join(request.device) as processes:
         done = pretraining.carry_out(request, processes, report, partial(_words_prepared, method=method))
         method.note(request.tokenizer, request.out, processes)

@@ -32,6 +32,11 @@ _OF_THE_TASK = ("id2label", "label2id", "problem_type")
 _SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings", "type_vocab_size")
 
 
+def is_new(given: str) -> bool:
+    """Whether a student is made from the teacher and sizes, and is not a model with weights."""
+    return given.isdecimal() or given in SIZES or given.endswith(".json")
+
+
 def make_student(
     given: str, init: str | None, teacher: BertHead, tokenizer: Tokenizer, texts: PackedBatch, seed: int,
     impl: str | None,
@@ -44,7 +49,7 @@ def make_student(
 
     Raises: InputError or CheckpointError if student and teacher do not fit.
     """
-    if not (given.isdecimal() or given in SIZES or given.endswith(".json")):
+    if not is_new(given):
         if init is not None:
             raise InputError(f"--init is for a student that is made, and {given} brings its own weights")
         return _loaded(given, teacher, tokenizer, seed, impl)

@@ -42,8 +42,10 @@ def folder_of_run(out: Path, resume: bool, source: str = "") -> Path:
         raise CheckpointError(f"{folder} is the folder of the model to begin with: give another --out")
     if not resume and (folder / "checkpoints").exists():
         raise CheckpointError(f"{folder} has checkpoints of a run: --resume goes on with it, or give another --out")
-    if (folder / "config.json").exists() and not (folder / RECORDS).exists():
-        raise CheckpointError(f"{folder} has a model that was not trained there: give another --out")
+    is_of_a_run = (folder / RECORDS).exists()
+    if (folder / "config.json").exists() and not (resume and is_of_a_run):
+        choice = ", or --resume to go on with the run that made it" if is_of_a_run else ""
+        raise CheckpointError(f"{folder} has a model already: give another --out{choice}")
     return folder
 
 
