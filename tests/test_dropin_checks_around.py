@@ -39,6 +39,84 @@ def test_code_that_is_replaced_for_all_models_runs(where, name, called, monkeypa
     assert_same(ours, plain)
 
 
+def louder(call):
+    def called(*given, **named):
+        y = call(*given, **named)
+        return y + y.abs() * 0.5 if isinstance(y, torch.Tensor) else y
+
+    return called
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (nn.Linear, "__call__"),
+        (nn.LayerNorm, "__call__"),
+        (nn.Embedding, "__call__"),
+        (nn.Dropout, "__call__"),
+        (transformers.activations.GELUActivation, "__call__"),
+        (nn.Module, "_call_impl"),
+        (nn.Linear, "_call_impl"),
+        (torch, "matmul"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_calls_that_go_another_way(where, name, called, monkeypatch):
+    """A class's `__call__` and the function behind it are ways to a module beside its forward. They were not looked at,
+    nor was torch.matmul, by which eager attention multiplies: all numbers differed, without a word."""
+    plain = plain_model(attn_implementation="eager")
+    ours, before = accelerated(plain), plain(**batch_of())[0]
+    if called:
+        assert_same(ours, plain)
+    monkeypatch.setattr(where, name, louder(getattr(where, name)), raising=False)
+    assert not torch.allclose(plain(**batch_of())[0][MASK], before[MASK], atol=1e-3)
+    assert_same(ours, plain)
+    assert f"{name} was replaced" in str(fastbert.explain(ours))
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize("name", ["_call_impl", "_compiled_call_impl"])
+@pytest.mark.parametrize("path", ["encoder.layer.0.output.dense", "encoder.layer.1", "embeddings"])
+def test_a_call_of_one_module_that_goes_another_way(path, name, called):
+    """What `Module.compile` sets, somebody else may set too."""
+    plain = plain_model()
+    ours, before = accelerated(plain), plain(**batch_of())[0]
+    if called:
+        assert_same(ours, plain)
+    for model in (ours, plain):
+        module = model.get_submodule(path)
+        vars(module)[name] = louder(module._call_impl)
+    assert not torch.allclose(plain(**batch_of())[0][MASK], before[MASK], atol=1e-3)
+    assert_same(ours, plain)
+    assert f"the {name} of a" in str(fastbert.explain(ours))
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
+@pytest.mark.parametrize("how", ["in_place_of_sdpas", "within_it", "within_the_models"])
+def test_a_mask_that_is_somebodys_own_is_made(how, called, monkeypatch):
+    """transformers' table of functions that make masks is open to everybody, as that of attention is, and the functions
+    of its file can be replaced one by one. Both were looked at only in the model's own file."""
+    masks = pytest.importorskip("transformers.masking_utils", reason="this transformers makes masks in another way")
+    if not hasattr(masks, "bidirectional_mask_function"):
+        pytest.skip("this transformers makes masks in another way")
+    plain = plain_model()
+    ours, before = accelerated(plain), plain(**batch_of())[0]
+    if called:
+        assert_same(ours, plain)
+    if how == "in_place_of_sdpas":
+        functions = masks.ALL_MASK_ATTENTION_FUNCTIONS
+        monkeypatch.setitem(functions._local_mapping, "sdpa", lambda *given, **named: MASK.new_ones(9, 9).tril())
+    elif how == "within_it":
+        original = masks.and_masks
+        monkeypatch.setattr(masks, "and_masks", lambda *given: original(*given, lambda b, h, q, k: q >= k))
+    else:
+        monkeypatch.setattr(masks, "bidirectional_mask_function", lambda b, h, q, k: q >= k)
+    assert not torch.allclose(plain(**batch_of())[0][MASK], before[MASK], atol=1e-3), "the change changes nothing"
+    assert_same(ours, plain)
+    assert ours.forward.warned
+
+
 def louder_attention(*given, **named):
     o, weights = transformers.integrations.sdpa_attention.sdpa_attention_forward(*given, **named)
     return o * 1.5, weights

@@ -70,6 +70,22 @@ def test_the_same_states_from_copies(family, dtype):
 
 
 @pytest.mark.cpp
+@pytest.mark.parametrize(
+    "bias", [torch.tensor([0.3]).expand(32), torch.linspace(-1, 1, 64)[::2]], ids=["expanded", "every_second"]
+)
+def test_a_bias_with_gaps(bias):
+    """oneDNN's product reads a bias one element after another, whatever its stride: of an expanded one, memory behind
+    it. States were off by 1e25, or NaN."""
+    model = build(hidden_dropout_prob=0.0)
+    for layer in model.encoder.layer:
+        layer.output.dense.bias = torch.nn.Parameter(bias)
+    ours = fastbert.accelerate(copy.deepcopy(model), impl="native")
+    for layer in ours.encoder.layer:  # a copy has none
+        layer.output.dense.bias = torch.nn.Parameter(bias)
+    torch.testing.assert_close(infer(ours), infer(fastbert.restore(copy.deepcopy(ours))), atol=1e-5, rtol=1e-4)
+    assert packed(ours)
+
+
 def test_no_copies_for_our_own_products(monkeypatch):
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: True)
     plain = build()

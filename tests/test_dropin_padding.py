@@ -111,6 +111,19 @@ def test_a_loss_that_was_replaced_reads_every_row(where, name, called, monkeypat
     assert "was replaced" in str(fastbert.explain(ours))
 
 
+def test_an_encoder_whose_config_asks_for_hidden_states():
+    """transformers' heads return what the encoder returns, and both have one config only until somebody copies it. The
+    states came back with zeros at padding, since the head's config did not ask for any."""
+    plain = plain_model("ForSequenceClassification")
+    ours = accelerated(plain)
+    for model in (ours, plain):
+        model.bert.config = copy.deepcopy(model.bert.config)
+        model.bert.config.output_hidden_states = True
+    with torch.no_grad():
+        got, want = (model(**batch_of()).hidden_states for model in (ours, plain))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("called", [False, True], ids=["at_first", "after_a_call"])
 def test_a_loss_function_set_on_a_model_reads_every_row(called):
     """transformers' models have such a property, which newer families call."""

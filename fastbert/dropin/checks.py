@@ -18,7 +18,7 @@ from .facts import at, has
 from .families import FAMILIES
 from .forward import Forward
 from .kinds import SLIDING, TRANSFORMERS, kind_of, why_window
-from .original import of_library, tensor_hooks, why_not_original
+from .original import called_by, of_library, tensor_hooks, why_call, why_not_original
 from .parts import layers_of
 from .plain import by_token
 
@@ -131,7 +131,7 @@ def _why_table(embedding: nn.Module, cls: str | None) -> str | None:
     transformers' class of it; None for nn.Embedding."""
     known = cls is not None and why_not_original(embedding, (cls,), TRANSFORMERS) is None
     if not known and not by_token(embedding):
-        return f"a {type(embedding).__name__} is in place of an Embedding"
+        return why_call(embedding) or f"a {type(embedding).__name__} is in place of an Embedding"
     base = embedding if isinstance(embedding, nn.Embedding) else getattr(embedding, "base_layer", embedding)
     if getattr(base, "max_norm", None) is not None:
         return "a table with max_norm is written to by every look-up"
@@ -148,21 +148,43 @@ def _holds(buffer: Any, content: str) -> bool:
     return torch.equal(buffer.flatten(), torch.arange(buffer.numel(), dtype=buffer.dtype, device=buffer.device))
 
 
-def attention_functions(encoder: nn.Module) -> tuple[Any, str | None]:
-    """(transformers' table of attention functions, the name in it that the model's config asks for)."""
+def attention_functions(encoder: nn.Module) -> tuple[Any, Any, str | None]:
+    """(transformers' table of attention functions, its table of the functions that make their masks, the name in both
+    that the model's config asks for)."""
     from transformers import modeling_utils
 
-    return getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {}), encoder.config._attn_implementation
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+    except ImportError:  # older versions
+        masks = {}
+    return getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", {}), masks, encoder.config._attn_implementation
+
+
+def attention_places(encoder: nn.Module) -> list[tuple[dict, str]]:
+    """(dictionary, key) of the functions that compute attention and its masks, and of the functions that these call."""
+    *tables, name = attention_functions(encoder)
+    places = []
+    for functions in tables:
+        mappings = (getattr(functions, mapping, None) for mapping in ("_global_mapping", "_local_mapping"))
+        places += [(mapping, name) for mapping in mappings if isinstance(mapping, dict)]
+        places += called_by(functions.get(name)).values() if hasattr(functions, "get") else []
+    return places
 
 
 def _why_attention(encoder: nn.Module) -> str | None:
-    functions, name = attention_functions(encoder)
-    function = functions.get(name) if hasattr(functions, "get") else None
-    if function is None:  # "eager" is in no table: it is a function in the model's own file
-        return None if name in ("eager", None) else f"its attention is {name}"
-    if getattr(function, "__module__", "").startswith(__name__.rpartition(".")[0]):
-        return None  # `attention_interface.attention_forward`
-    return None if of_library(function) else f"its attention function {name!r} is not transformers' own"
+    attention, masks, name = attention_functions(encoder)
+    attend = attention.get(name) if hasattr(attention, "get") else None
+    if attend is None and name not in ("eager", None):  # "eager" is a function in the model's own file
+        return f"its attention is {name}"
+    for what, function in (("attention", attend), ("mask", masks.get(name))):
+        # the package itself registers `attention_interface.attention_forward`
+        if function is None or getattr(function, "__module__", "").startswith(__name__.rpartition(".")[0]):
+            continue
+        if not of_library(function):
+            return f"its {what} function {name!r} is not transformers' own"
+        if why := next((f"{n} was replaced" for f, n in called_by(function).values() if not of_library(f[n])), None):
+            return f"{why}, which its {what} function {name!r} calls"
+    return None
 
 
 def blind_is_zero(encoder: nn.Module) -> bool:
@@ -198,6 +220,8 @@ def why_hooked(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Mod
     for path, module in modules_below(encoder).items():
         if isinstance(module, CONTAINERS):  # these are never called
             continue
+        if why := why_call(module):
+            return why
         if path != "pooler" and tensor_hooks(module, sharded=module not in passed):
             return f"a {type(module).__name__} has a hook"
         if module in passed and "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], Forward):

@@ -91,7 +91,9 @@ class HeadForward(InspectedForward):
         outer, labels = reading_now(), given.get("labels")
         masked = outer is not None and not outer.shows  # the head's caller does not read its output at padding
         states = given.get("output_hidden_states")
-        states = getattr(config, "output_hidden_states", False) if states is None else states
+        if states is None:  # the encoder may have a config of its own
+            configs = (config, at(self.module, self.path).config)
+            states = any(getattr(of, "output_hidden_states", False) for of in configs)
         why = f"{name} returns hidden states" if states else f"{name} returns a value of each token"
         if self.kind == FIRST:
             return Reading(False, bool(states) and not masked, why, first=not states)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..stack.description import Layer
 from . import distances
 from . import facts as table
-from .checks import attention_functions, bypassed, dropout_paths, modules_below, why_every_call, why_hooked, why_lists
+from .checks import attention_places, bypassed, dropout_paths, modules_below, why_every_call, why_hooked, why_lists
 from .facts import at, has
 from .kinds import TRANSFORMERS
 from .original import LIBRARY, Watch, tensor_hooks, why_library, why_not_original, written_on
@@ -172,10 +172,7 @@ def _watch(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Module]
                 owner, _, name = path.rpartition(".")
                 places.append((at(layer, owner).__dict__, name))
     places += distances.places(encoder, facts, layers.values())
-    functions, name = attention_functions(encoder)
-    for mapping in ("_global_mapping", "_local_mapping"):
-        if isinstance(getattr(functions, mapping, None), dict):
-            places.append((getattr(functions, mapping), name))
+    places += attention_places(encoder)
     buffers = [path for path in facts.buffers if has(encoder, path)]
     for path in buffers:
         owner, _, name = path.rpartition(".")

@@ -38,14 +38,23 @@ SHARDED = "torch.distributed."  # hooks of sharded modules, which work as long a
 PACKAGES = ("torch", "transformers")
 # functions of torch that the original's code calls and the fused code does not
 LIBRARY = [
-    (nn.functional.__dict__, name)
-    for name in ("dropout", "embedding", "gelu", "layer_norm", "linear", "scaled_dot_product_attention", "softmax")
-]
+    *(
+        (nn.functional.__dict__, name)
+        for name in (
+            "dropout", "embedding", "gelu", "layer_norm", "linear", "multi_head_attention_forward",
+            "scaled_dot_product_attention", "softmax",
+        )
+    ),
+    *(
+        (torch.__dict__, name)
+        for name in ("bmm", "matmul", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+    ),
+]  # fmt: skip
 
 
 def why_library() -> str | None:
     """Which function of `LIBRARY` was replaced, or None."""
-    return next((f"torch.nn.functional.{name} was replaced" for f, name in LIBRARY if not of_library(f[name])), None)
+    return next((f"{of['__name__']}.{name} was replaced" for of, name in LIBRARY if not of_library(of[name])), None)
 
 
 @functools.cache
@@ -96,10 +105,31 @@ def _names(code: CodeType) -> Iterable[str]:
             yield from _names(constant)
 
 
+def called_by(function: Any) -> dict[tuple[int, str], tuple[dict, str]]:
+    """The functions that a function may call by a name of its file, and those that these call in their own files:
+    (id of the file's globals, name) -> (globals, name)."""
+    found: dict[tuple[int, str], tuple[dict, str]] = {}
+    left = [function]
+    while left:
+        inner = _inner(left.pop())
+        code, here = getattr(inner, "__code__", None), getattr(inner, "__globals__", {})
+        for name in () if code is None else _names(code):
+            if isinstance(used := here.get(name), FunctionType) and (id(here), name) not in found:
+                found[id(here), name] = (here, name)
+                left += [used] if of_library(used) else []
+    return found
+
+
+CALLS = ("__call__", "_call_impl")  # methods of nn.Module by which each call of a module goes
+COMPILED = "_compiled_call_impl"  # what `Module.compile` sets on a module, to run in place of its `_call_impl`
+
+
 @functools.cache
 def used_by(cls: type[nn.Module]) -> tuple[tuple[str, ...], tuple[tuple[dict, str], ...]]:
-    """(the methods that a call of a `cls` may run, the functions of their files that these call: (globals, name))."""
-    methods, functions, left = {"__call__": None}, {}, ["forward"]
+    """(the methods that a call of a `cls` may run, the functions that these call: (globals, name))."""
+    methods: dict[str, None] = dict.fromkeys(CALLS)
+    functions: dict[tuple[int, str], tuple[dict, str]] = {}
+    left = ["forward"]
     while left:
         name = left.pop()
         if name in methods:
@@ -111,8 +141,23 @@ def used_by(cls: type[nn.Module]) -> tuple[tuple[str, ...], tuple[tuple[dict, st
             if callable(_static(cls, used)) or isinstance(_static(cls, used), (staticmethod, classmethod)):
                 left.append(used)
             elif isinstance(here.get(used), FunctionType):
-                functions[id(here), used] = (here, used)
+                functions |= {(id(here), used): (here, used), **called_by(here[used])}
     return tuple(methods), tuple(functions.values())
+
+
+def why_call(module: nn.Module) -> str | None:
+    """What runs in place of `nn.Module.__call__` when this module is called, or None. A call by `Module.compile`, which
+    gives the same numbers, does not count."""
+    own, cls = module.__dict__, type(module)
+    for name in CALLS:
+        if not of_library(getattr(cls, name)):
+            return f"{cls.__name__}.{name} was replaced"
+    if "_call_impl" in own:
+        return f"the _call_impl of a {cls.__name__} was replaced"
+    compiled = own.get(COMPILED)
+    if compiled is not None and not hasattr(compiled, "_torchdynamo_orig_callable"):
+        return f"the {COMPILED} of a {cls.__name__} was replaced"
+    return None
 
 
 def why_not_original(module: nn.Module, names: tuple[str, ...], package: str) -> str | None:
@@ -192,7 +237,7 @@ class Watch:
         attributes = [(nn.Module, "__call__"), *attributes]
         for module in modules:
             names, functions = used_by(type(module))
-            places += [(module.__dict__, name) for name in names if not name.startswith("__")]
+            places += [(module.__dict__, name) for name in (*names, COMPILED) if not name.startswith("__")]
             places += functions
             attributes += [(type(module), name) for name in names]
         # The dictionaries must keep their contents, and must not be replaced by other dictionaries.

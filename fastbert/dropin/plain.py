@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from ..layers import activation_name
 from ..stack.steps import usable
-from .original import HOOKS, of_library
+from .original import HOOKS, of_library, why_call
 
 # torch's elementwise activations
 ELEMENTWISE = {
@@ -43,7 +43,7 @@ def why_not_plain(module: Any, kind: type[nn.Module]) -> str | None:
         return "it has hooks"
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1:
         return "it normalises several dimensions"
-    return why_weight(module)
+    return why_call(module) or why_weight(module)
 
 
 def why_weight(module: nn.Module) -> str | None:
@@ -59,7 +59,7 @@ def by_token(module: Any) -> bool:
     if not isinstance(module, nn.Module):
         return fused_activation(module) is not None
     cls = type(module)
-    if "forward" in module.__dict__ or not all(usable(p) for p in module.parameters()):
+    if "forward" in module.__dict__ or why_call(module) or not all(usable(p) for p in module.parameters()):
         return False
     if cls.__name__ in BY_TOKEN_ELSEWHERE.get(cls.__module__, ()):
         return True
@@ -80,6 +80,7 @@ def fused_activation(activation: Any) -> str | None:
         cls = type(activation)
         known = cls in (nn.GELU, nn.ReLU, nn.SiLU) or cls.__module__ == "transformers.activations"
         changed = "forward" in activation.__dict__ or any(getattr(activation, name) for name in HOOKS)
+        changed = changed or why_call(activation) is not None
         if changed or not known or not of_library(cls.forward) or not _has_own_function(activation):
             return None
     return activation_name(activation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from ..stack.shared import Pass
 from .checks import why_list, why_not_dropout
 from .forward import InspectedForward
 from .once import only_once
-from .original import LIBRARY, Watch, tensor_hooks, why_library, why_not_here, why_not_original, written_on
+from .original import LIBRARY, Watch, tensor_hooks, why_call, why_library, why_not_here, why_not_original, written_on
 from .padding import EMPTY, ZEROS, Policy
 from .parts import verdict
 from .plain import by_token, fused_activation, usable
@@ -116,6 +117,8 @@ class TorchForward(InspectedForward):
             # torch never calls the output layer of its attention: it reads the weight
             if not path or path.endswith("out_proj"):
                 continue
+            if why := why_call(module):
+                return why
             # The fused code does not call attention either, so hooks that compute its weight before each call would
             # not run.
             makes_weights = isinstance(module, nn.MultiheadAttention) and module._forward_pre_hooks
@@ -172,12 +175,7 @@ class TorchLayerForward(TorchForward):
             return self.run(*args)
         given = self.named(args, kwargs)
         src = given["src"]
-        reason = (
-            why_not_here(given)
-            or self.look().reason
-            or why_not_masks(given, self.module.self_attn)
-            or self.why_not_now()
-        )
+        reason = why_not_here(given) or self.look().reason or why_not_masks(given, [self.module]) or self.why_not_now()
         if reason is not None:
             return self.fall_back(reason, given)
         attention = self.module.self_attn
@@ -229,13 +227,17 @@ class StackForward(TorchForward):
             layers = [layer.__dict__.get("forward") for layer in module.layers]
             if not all(isinstance(forward, TorchLayerForward) for forward in layers):
                 reason = "a layer is in place of an accelerated one"
-        reason = reason or why_not_masks(given, module.layers[0].self_attn)
+        reason = reason or why_not_masks(given, module.layers)
         reason = reason or next((why for f in layers if (why := f.why_not_now())), None)
         if reason is None:
             first = module.layers[0].self_attn
-            exact = self.computes_padding(given, zeros=takes_nested_path(module, given))
+            nested, padding = takes_nested_path(module, given), given.get("src_key_padding_mask")
+            exact = self.computes_padding(given, zeros=nested)
             drops = any(any(torch_drops(layer)) for layer in module.layers)
-            shared, x = pack({**given, "src_mask": given.get("mask")}, first, self.impl, exact, drops)
+            if nested and padding.dtype != torch.bool:  # 0 or -infinity
+                padding = padding != 0
+            options = {**given, "src_mask": given.get("mask"), "src_key_padding_mask": padding}
+            shared, x = pack(options, first, self.impl, exact, drops)
             reason = EMPTY if shared is None else None
         if reason is not None:
             return self.fall_back(reason, given)
@@ -283,6 +285,8 @@ class AttentionForward(TorchForward):
             reason = MISFIT
         elif reason is None:
             reason = why_not_autocast(query)
+            if reason is None and takes_fast_path([module], query, key, value):
+                reason = why_no_keys(key_padding_mask, attn_mask)
         if reason is not None:
             return self.fall_back(reason, given)
         if query.dim() == 2:
@@ -305,17 +309,55 @@ def why_not_autocast(x: Tensor) -> str | None:
     return "torch's path without gradients returns another dtype under autocast" if fast else None
 
 
-def why_not_masks(given: dict, attention: nn.MultiheadAttention) -> str | None:
+def takes_fast_path(modules: Iterable[nn.Module], *inputs: Tensor) -> bool:
+    """Whether torch's own code might take its path without gradients in one of these modules."""
+    if torch.compiler.is_compiling() or not torch.backends.mha.get_fastpath_enabled():
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return False
+    evaluate = [module for module in modules if not module.training]
+    return any(not (torch.is_grad_enabled() and any(p.requires_grad for p in m.parameters())) for m in evaluate)
+
+
+def why_no_keys(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> str | None:
+    """torch's path without gradients gives NaN for a token that sees none, and its other path 0."""
+    hidden, padding = (
+        mask if mask is None or mask.dtype == torch.bool else mask == float("-inf")
+        for mask in (attn_mask, key_padding_mask)
+    )
+    if hidden is None:
+        hidden = padding
+    elif padding is not None and padding.dim() == 2:  # [B, Sk], beside [Sq, Sk] or [B * H, Sq, Sk]
+        each = hidden if hidden.dim() == 2 else hidden.unflatten(0, (len(padding), -1))
+        hidden = each | padding[:, None, None]
+    elif padding is not None:
+        hidden = hidden | padding
+    return "a token sees no token" if hidden is not None and hidden.all(-1).any() else None
+
+
+def why_not_numbers(*masks: Tensor | None) -> str | None:
+    """torch's path without gradients takes every number but 0 for a token that is not seen, its other path adds it."""
+    floats = (mask for mask in masks if mask is not None and mask.dtype != torch.bool)
+    if all(((mask == 0) | (mask == float("-inf"))).all() for mask in floats):
+        return None
+    return "torch's path without gradients takes a mask of numbers for one of bools"
+
+
+def why_not_masks(given: dict, layers: Sequence[nn.Module]) -> str | None:
     if given.get("is_causal"):
         return "is_causal=True"
     if reason := why_not_autocast(given["src"]):
         return reason
-    src, mask = given["src"], given.get("mask", given.get("src_mask"))
+    src, mask, attention = given["src"], given.get("mask", given.get("src_mask")), layers[0].self_attn
+    padding = given.get("src_key_padding_mask")
     if src.is_nested or src.dim() not in (2, 3):
         return "src is nested, or neither [S, C] nor [B, S, C]"
     batch, width = batch_and_tokens(src, attention.batch_first)
-    fit = masks_fit(batch, attention.num_heads, width, width, given.get("src_key_padding_mask"), mask)
-    return None if fit else MISFIT
+    if not masks_fit(batch, attention.num_heads, width, width, padding, mask):
+        return MISFIT
+    if (padding is None and mask is None) or not takes_fast_path(layers, src):
+        return None
+    return why_not_numbers(padding, mask) or (None if mask is None else why_no_keys(padding, mask))
 
 
 def batch_and_tokens(x: Tensor, batch_first: bool) -> tuple[int | None, int]:

@@ -125,4 +125,5 @@ def _blocked(weight: Tensor) -> Tensor:
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
     """activation(x weight^T + bias), with the copy from `find`. The activation is applied to the float32 sums."""
     name, algorithm = EPILOGUES[activation]
+    bias = None if bias is None else bias.contiguous()  # oneDNN's product reads a bias whatever its stride
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
