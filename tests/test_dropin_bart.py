@@ -56,6 +56,7 @@ def test_the_same_tokens_are_generated(name):
     report = fastbert.explain(ours)
     assert "Encoder: unpads once" in report.replaced["model.encoder"]
     assert "model.decoder" not in report.replaced
+    assert "tables are called one by one" in report.left["model.encoder.embed_tokens"]
     assert_fused(ours)
 
 
