@@ -119,10 +119,11 @@ int attention(
             failed = true;
             return;
         }
-        float* keys_transposed = (float*)scratch.memory;
-        float* values_paired = keys_transposed + of_keys;
-        float* scores = values_paired + (T::PER_LANE == 2 ? of_keys : 0);
-        Element* p = (Element*)(scores + ROWS * keys);
+        Parts parts(scratch);
+        float* keys_transposed = parts.floats(of_keys);
+        float* values_paired = parts.floats(T::PER_LANE == 2 ? of_keys : 0);
+        float* scores = parts.floats(ROWS * (size_t)keys);
+        Element* p = (Element*)parts.floats(ROWS * (size_t)keys / T::PER_LANE);
 
         const Element* keys_of_head = k + start_k * k_token + kv_head * k_head;
         transpose_rows<T>(keys_of_head, k_token, length, keys, head_dim, keys_transposed);

@@ -39,8 +39,8 @@ struct Memory {
         const size_t floats = 2 * keys * lanes + key_lanes * head_dim + 2 * keys * head_dim + 4 * block
             + (size_t)head_dim * QUERIES + 5 * QUERIES + 3 * of_both;
         if (!scratch.reserve(sizeof(float) * floats)) return false;
-        float* next = (float*)scratch.memory;
-        const auto take = [&](size_t n) { return std::exchange(next, next + n); };
+        Parts parts(scratch);
+        const auto take = [&](size_t n) { return parts.floats(n); };
         k = (Element*)take(keys * lanes), v = (Element*)take(keys * lanes);
         k_columns = take(key_lanes * head_dim);
         dk = take(keys * head_dim), dv = take(keys * head_dim);

@@ -33,7 +33,7 @@ bool columns_of(
             failed = true;
             continue;
         }
-        auto* rows = (typename T::Element*)scratch.memory;
+        auto* rows = (typename T::Element*)Parts(scratch).floats(of_head);
         lay_out_entries<T>(table + head * head_dim, (int64_t)heads * head_dim, lut, entries, sign, head_dim, rows);
         transpose_rows<T>(rows, head_dim, entries.count, entries.count, head_dim, *columns + head * of_head);
     }
@@ -186,8 +186,8 @@ int disentangled_attention(
             h.of_keys = pk ? tables.keys + head * of_head : nullptr;
             h.of_queries = pq ? tables.queries + head * of_head : nullptr;
             h.length = length, h.keys = keys, h.head_dim = head_dim;
-            float* next = (float*)scratch.memory;
-            const auto take = [&](size_t n) { return std::exchange(next, next + n); };
+            Parts parts(scratch);
+            const auto take = [&](size_t n) { return parts.floats(n); };
             h.keys_transposed = take(of_keys);
             float* values_paired = take(of_keys);
             h.scores = take(ROWS * (size_t)keys), h.p = (Element*)take(ROWS * (size_t)keys);

@@ -54,8 +54,8 @@ struct Memory {
             + 2 * keys * width + 5 * BLOCK * lanes + width + BLOCK * width + 6 * BLOCK + 4 * square + 3 * ds_floats
             + BLOCK_ROWS * BAND + 64;
         if (!scratch.reserve(sizeof(float) * floats)) return false;
-        float* next = (float*)scratch.memory;
-        const auto take = [&](size_t n) { return std::exchange(next, next + n); };
+        Parts parts(scratch);
+        const auto take = [&](size_t n) { return parts.floats(n); };
         for (Table<T>* t : {&pk, &pq}) {
             t->rows = (Element*)take(count * lanes), t->columns = take(count * lanes);
             t->pairs = T::PER_LANE == 2 ? take(count * lanes) : (float*)t->rows;

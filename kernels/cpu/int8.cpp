@@ -19,10 +19,11 @@ struct Quantised {
     uint8_t* q;
     float* ranges;
     static size_t bytes(size_t rows, int inner, int groups) {
-        return (rows * inner + 63) / 64 * 64 + (sizeof(float) * rows * (1 + groups) + 63) / 64 * 64;
+        return whole_lines(rows * inner) + whole_lines(sizeof(float) * rows * (1 + groups));
     }
-    Quantised(char* memory, size_t rows, int inner)
-        : q((uint8_t*)memory), ranges((float*)(memory + (rows * inner + 63) / 64 * 64)) {}
+    Quantised(Parts& parts, size_t rows, int inner, int groups)
+        : q((uint8_t*)parts.lines(rows * inner)),
+          ranges((float*)parts.lines(sizeof(float) * rows * (1 + groups))) {}
 };
 
 // Quantises one row of x, in T, to row `to`.
@@ -58,7 +59,8 @@ int int8_linear(
 ) {
     const int groups = inner / weight.group, panels = (columns + PANEL - 1) / PANEL;
     if (!scratch.reserve(Quantised::bytes(rows, inner, groups))) return NO_MEMORY;
-    const Quantised quantised(scratch.memory, rows, inner);
+    Parts parts(scratch);
+    const Quantised quantised(parts, rows, inner, groups);
     Team::in_one_region([&] {
         Team::share_range(rows, LEAST_ELEMENTS / inner + 1, [&](int64_t from, int64_t end) {
             for (int64_t row = from; row < end; ++row) quantise<T>(x + row * inner, weight, quantised, row, inner);
@@ -89,17 +91,15 @@ struct Rows {
     float* sum;              // [rows, width]
     Element* up;             // [rows, inner], where the activation is not quantised at once
 
-    static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
-    static size_t bytes(int rows, int width, int inner, int groups) {
+    static size_t bytes(size_t rows, int width, int inner, int groups) {
         return Quantised::bytes(rows, width, groups) + Quantised::bytes(rows, inner, groups) +
-               rounded((size_t)rows * inner * sizeof(Element)) + (size_t)rows * width * sizeof(float);
+               whole_lines(rows * inner * sizeof(Element)) + rows * width * sizeof(float);
     }
 
-    Rows(char* memory, int rows, int width, int inner, int groups, int activation, float eps)
-        : rows(rows), width(width), inner(inner), activation(activation), eps(eps), narrow(memory, rows, width),
-          wide(memory + Quantised::bytes(rows, width, groups), rows, inner),
-          sum((float*)(memory + Quantised::bytes(rows, width, groups) + Quantised::bytes(rows, inner, groups))),
-          up((Element*)(sum + (size_t)rows * width)) {}
+    Rows(Parts parts, int rows, int width, int inner, int groups, int activation, float eps)
+        : rows(rows), width(width), inner(inner), activation(activation), eps(eps), narrow(parts, rows, width, groups),
+          wide(parts, rows, inner, groups), sum(parts.floats((size_t)rows * width)),
+          up((Element*)parts.lines((size_t)rows * inner * sizeof(Element))) {}
 
     // Quantises x [rows, from], contiguous, for products with this weight.
     void read(const Element* x, const Int8Weight& weight, int from, const Quantised& into) const {
@@ -227,7 +227,7 @@ int int8_layers(
                     failed = true;
                     return;
                 }
-                const Rows<T> of_rows(scratch.memory, n, width, inner, groups, activation, eps);
+                const Rows<T> of_rows(Parts(scratch), n, width, inner, groups, activation, eps);
                 Element* of_x = x + (int64_t)first * width;
                 if (number > 0) {
                     const int from = inside(number - 1);

@@ -96,7 +96,7 @@ int weight_gradient(
     const int64_t stride = most + WIDTH;  // lanes; with a power of two all rows would map to the same sets of the cache
     const int all = count * columns;
     if (!transposed.reserve(sizeof(float) * all * stride)) return NO_MEMORY;
-    float* of_columns = (float*)transposed.memory;  // dy^T of a block [columns, lanes], shared by all threads
+    float* of_columns = Parts(transposed).floats(all * stride);  // dy^T of a block [columns, lanes], shared by all threads
     bool failed = false;
     for (int first = 0; first < rows; first += TOKENS) {
         const int tokens = std::min(TOKENS, rows - first), lanes = (tokens + T::PER_LANE - 1) / T::PER_LANE;

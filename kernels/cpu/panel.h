@@ -126,7 +126,7 @@ int multiply_rows(
             failed = true;
             return;
         }
-        float* panel = (float*)scratch.memory;
+        float* panel = Parts(scratch).floats((size_t)PANEL * lanes);  // a thread's panel keeps its place and content
         if (call != call_of_panel || p != laid_out) fill(column, registers, panel);
         call_of_panel = call;
         laid_out = p;

@@ -16,6 +16,7 @@
 #include <utility>
 
 #include "operators.h"
+#include "scratch.h"
 
 #if defined(__AVX512BF16__)
 #include "avx512.h"
@@ -207,22 +208,6 @@ inline void layer_norm_of_row(
 
 // Prefetches the address into the second-level cache.
 inline void fetch(const void* what) { __builtin_prefetch(what, 0, 2); }
-
-// Memory of one thread, which grows when needed and is kept.
-struct Scratch {
-    char* memory = nullptr;
-    size_t size = 0;
-    ~Scratch() { std::free(memory); }
-    bool reserve(size_t bytes) {
-        if (bytes <= size) return true;
-        std::free(memory);
-        size = (bytes + 63) / 64 * 64;
-        memory = (char*)std::aligned_alloc(64, size);
-        if (!memory) size = 0;
-        return memory;
-    }
-};
-thread_local Scratch scratch;
 
 // Calls take(registers, column) for blocks of MOST registers of columns, and for the remaining, smaller block.
 template <int MOST, class Take>
