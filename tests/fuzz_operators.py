@@ -47,10 +47,9 @@ def int8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None,
     if x.dtype == torch.float64:
         y = torch.nn.functional.linear(x, weight, bias)
     else:
-        q, step, low = int8.quantise_rows(x.float())
-        y = torch.nn.functional.linear(
-            q * step + low, rounded(weight, int8.LARGEST), None if bias is None else bias.float()
-        )
+        q, step, low = int8.quantise_rows(x.float().reshape(-1, x.shape[-1]))
+        x = (q * step + low).view(x.shape)
+        y = torch.nn.functional.linear(x, rounded(weight, int8.LARGEST), None if bias is None else bias.float())
     return y if activation is None else reference.activate(y, activation)
 
 
