@@ -267,8 +267,8 @@ def wants_matrix(ttir: str) -> bool:
     return re.search(r"tt\.dot\b.*: tensor<\w+x(bf16|f16)>", ttir) is not None
 
 
-# A kernel may spill one register, a store and a load. To avoid it, the forward of disentangled attention in float32 would
-# leave half as many warps on a multiprocessor (head_dim 32, sm_90).
+# A kernel may spill one register, a store and a load. Without that, the forward of disentangled attention in float32
+# would leave half as many warps on a multiprocessor (head_dim 32, sm_90).
 FEW_SPILLS = 2
 
 
