@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -226,6 +227,26 @@ def test_several_seeds_and_their_range(bert, files, tmp_path, monkeypatch):
     best = max(range(2), key=lambda n: of_each[n]["scores"]["accuracy"])
     model = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert model == (tmp_path / "out" / f"seed-{best}" / "model.safetensors").read_bytes()
+    # Runs that go on find the model that they wrote.
+    assert finetune(bert, tmp_path / "out", "sentence", files["sentence"], *args, "--resume") == 0
+
+
+def test_several_seeds_replace_no_model(bert, files, tmp_path, capsys):
+    """The best of several runs is written into OUT, which is no folder of a single run."""
+    folder, other = tmp_path / "own", tmp_path / "other"
+    for copy in (folder, other):
+        shutil.copytree(bert, copy)
+    args = ("--eval", files["sentence"], "--epochs", 1, "--seeds", 2)
+    for out, resume, message in (
+        (folder, (), "is the folder of the model to begin with"),
+        (other, (), "has a model already"),
+        (other, ("--resume",), "has a model already"),
+    ):
+        assert finetune(folder, out, "sentence", files["sentence"], *args, *resume) == 1
+        assert message in capsys.readouterr().err
+        for name in ("config.json", "model.safetensors"):
+            assert (out / name).read_bytes() == (bert / name).read_bytes()
+        assert not list(out.glob("seed-*"))
 
 
 def test_a_classifier_continues_by_the_names_of_its_labels(tuned, tmp_path, capsys):

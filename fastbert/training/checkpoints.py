@@ -30,10 +30,11 @@ RECORDS = "metrics.jsonl"  # every run writes it before it saves anything else
 _NAME = re.compile(r"step-\d{8}")
 
 
-def folder_of_run(out: Path, resume: bool, source: str = "") -> Path:
+def folder_of_run(out: Path, resume: bool, source: str = "", records: str = RECORDS) -> Path:
     """The folder `out` of a run, created if it does not exist.
 
-    source: path or id of the model with which the run begins.
+    source: path or id of the model with which the run begins. records: pattern of the files that show that a model in
+    `out` is of an earlier part of this run.
 
     Raises: CheckpointError if the run would replace a model that is not its own, or other checkpoints.
     """
@@ -42,7 +43,7 @@ def folder_of_run(out: Path, resume: bool, source: str = "") -> Path:
         raise CheckpointError(f"{folder} is the folder of the model to begin with: give another --out")
     if not resume and (folder / "checkpoints").exists():
         raise CheckpointError(f"{folder} has checkpoints of a run: --resume goes on with it, or give another --out")
-    is_of_a_run = (folder / RECORDS).exists()
+    is_of_a_run = any(folder.glob(records))
     if (folder / "config.json").exists() and not (resume and is_of_a_run):
         choice = ", or --resume to go on with the run that made it" if is_of_a_run else ""
         raise CheckpointError(f"{folder} has a model already: give another --out{choice}")

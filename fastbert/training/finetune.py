@@ -25,7 +25,7 @@ from ..models.head import expecting_new_weights
 from ..storage import without_nan, write_atomically, write_json
 from ..text.tokenizer import Tokenizer
 from .board import Board, summary_writer
-from .checkpoints import folder_of_run
+from .checkpoints import RECORDS, folder_of_run
 from .curve import draw
 from .features import Features
 from .files import DataError
@@ -264,6 +264,7 @@ def weigh_classes(model: nn.Module, task: Any) -> None:
 def several(request: Request, seeds: int, report: Any = None) -> dict[str, Any]:
     """Runs with the seeds request.seed, request.seed + 1, ..., in the folders out/seed-N. Writes the model of the best
     run to `out`, and a report with the median and the range of the metric, which is returned."""
+    folder_of_run(request.out, request.resume, request.model, records=f"seed-*/{RECORDS}")
     reports = []
     # All runs share one process group: processes that form a second one may still find the address of the first.
     with Processes.join(request.device) as processes:
