@@ -229,3 +229,12 @@ def test_all_layers_in_one_call(monkeypatch, options, masks, count):
     keep = ~padding_of(given)
     theirs, expected = plain(x, **given), truth(x.double(), **in_float64(given))
     assert_within_budget(found[keep], theirs[keep], expected[keep])
+
+
+@pytest.mark.filterwarnings("ignore:fastbert replaced nothing")
+def test_a_module_that_holds_a_module_that_holds_it():
+    """sentence-transformers' own test of a router that holds its model: RecursionError in `accelerate`."""
+    outer = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), encoder())
+    outer[0].append(outer)
+    fastbert.accelerate(outer, impl="native")
+    assert "unpads once" in str(fastbert.explain(outer))

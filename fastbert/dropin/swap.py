@@ -87,7 +87,7 @@ def accelerate(
             _swap_encoder(module, family, impl, padding, is_bare(model, module, family.passes), graphs.get(module))
     for module in list(model.modules()):
         _swap_head(module, labelled_logits)
-    _swap_torch(model, impl, padding, model)
+    _swap_torch(model, impl, padding, model, set())
     for module in list(model.modules()):
         _swap_sentence(module, padding)
     report = explain(model)
@@ -139,8 +139,14 @@ def _swap_sentence(model: nn.Module, padding: Policy) -> None:
         sentence.BatchedMethod(model, kind, padding).put()
 
 
-def _swap_torch(module: nn.Module, impl: F.Impl | None, padding: Policy, model: nn.Module) -> None:
-    """Replaces torch's modules, the outermost ones, whose `forward` stands for everything within."""
+def _swap_torch(
+    module: nn.Module, impl: F.Impl | None, padding: Policy, model: nn.Module, seen: set[nn.Module]
+) -> None:
+    """Replaces torch's modules, the outermost ones, whose `forward` stands for everything within. seen: the modules
+    that were visited, since a module may hold one that holds it."""
+    if module in seen:
+        return
+    seen.add(module)
     if isinstance(module.__dict__.get("forward"), EncoderForward):
         return
     if why_left_torch(module) is None:
@@ -152,4 +158,4 @@ def _swap_torch(module: nn.Module, impl: F.Impl | None, padding: Policy, model: 
         TORCH[kind](module, impl, padding, bare).put()
         return
     for child in module.children():
-        _swap_torch(child, impl, padding, model)
+        _swap_torch(child, impl, padding, model, seen)
