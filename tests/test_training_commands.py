@@ -3,9 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
-import shutil
 import sys
 import time
 from pathlib import Path
