@@ -91,8 +91,8 @@ def _explain_encoder(report: Report, path: str, forward: EncoderForward) -> None
     elif family.norm is None and family.word is not None and len(family.tables) == 1:
         report.left[name(family.word)] = "called with the tokens alone"
     else:
-        norm = "" if family.norm is None else ", then add_layer_norm"
-        report.left[name(family.word.rpartition(".")[0] or family.word)] = f"tables are called one by one{norm}"
+        norm, word = "" if family.norm is None else ", then add_layer_norm", family.word or ""
+        report.left[name(word.rpartition(".")[0] or word)] = f"tables are called one by one{norm}"
     if getattr(encoder, "pooler", None) is not None:
         report.left[name("pooler")] = f"{type(encoder.pooler).__name__}: its own code"
     paths = {id(module): p for p, module in encoder.named_modules()}
