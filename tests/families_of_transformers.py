@@ -23,14 +23,14 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 import fastbert
 
 WORDS, PADDING = 99, 1
-# small sizes, under the names that configs use
+# small sizes, under the names that configs use: heads of 16 columns and widths that the C++ operators take
 SMALL = {
-    32: ("hidden_size", "d_model", "dim", "embedding_size", "input_embedding_size", "output_embedding_size"),
+    64: ("hidden_size", "d_model", "dim", "embedding_size", "input_embedding_size", "output_embedding_size"),
     2: ("num_hidden_layers", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_key_value_heads",
         "type_vocab_size"),
     4: ("num_attention_heads", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"),
-    48: ("intermediate_size", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"),
-    8: ("d_kv", "head_dim"),
+    96: ("intermediate_size", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"),
+    16: ("d_kv", "head_dim"),
     66: ("max_position_embeddings", "n_positions"),
     WORDS: ("vocab_size",),
 }  # fmt: skip
@@ -40,7 +40,7 @@ MORE = {
     "esm": {"pad_token_id": PADDING, "mask_token_id": 4, "vocab_size": WORDS, "position_embedding_type": "rotary"},
     "esm (absolute)": {"pad_token_id": PADDING, "mask_token_id": 4, "vocab_size": WORDS},
     "gemma3_text (bidirectional)": {"use_bidirectional_attention": True, "sliding_window": 20},
-    "esmc": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8},
+    "esmc": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16},
 }
 # encoders without a model type of their own
 TOWERS = {

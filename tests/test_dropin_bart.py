@@ -15,7 +15,7 @@ pytestmark = pytest.mark.once
 
 SIZES = BART | {
     "vocab_size": 60, "max_position_embeddings": 40, "decoder_layers": 1, "decoder_attention_heads": 4,
-    "decoder_ffn_dim": 48, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
+    "decoder_ffn_dim": 96, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
     "forced_eos_token_id": 2, "attn_implementation": "eager",
 }  # fmt: skip
 

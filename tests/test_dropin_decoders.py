@@ -256,7 +256,7 @@ def test_only_the_encoder_of_t5_is_packed():
     """Its decoder has the encoder's class, runs its own code, and generates the same tokens."""
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=60, d_model=32, num_layers=2, num_heads=4, d_kv=8, d_ff=48, decoder_start_token_id=0
+        vocab_size=60, d_model=64, num_layers=2, num_heads=4, d_kv=16, d_ff=96, decoder_start_token_id=0
     )
     plain = transformers.T5ForConditionalGeneration(config).eval()
     ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")

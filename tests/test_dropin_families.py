@@ -21,7 +21,7 @@ pytestmark = pytest.mark.once
 
 FROM_PAD = {"pad_token_id": 1}  # the first position is after that of padding
 BART = {  # models with a decoder too
-    "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "scale_embedding": True,
+    "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 96, "scale_embedding": True,
 }  # fmt: skip
 ESM = FROM_PAD | {"mask_token_id": 4, "position_embedding_type": "rotary"}
 # class name of the encoder -> (class name of its config, settings beyond SIZES)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastbert
-from dropin_models import MASKS, TOWERS, WIDTH, assert_gradients, three
+from dropin_models import MASKS, SIZES, TOWERS, WIDTH, assert_gradients, three
 from fastbert.testing import assert_within_budget
 from test_dropin_families import assert_fused, batch_of, build
 
@@ -76,7 +76,7 @@ def test_later_tokens_change_nothing(name):
 
 
 def clip(kind: str = "CLIP") -> torch.nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = sizes | {"vocab_size": 60, "max_position_embeddings": 40, "eos_token_id": EOS}
     vision = sizes | {"image_size": 16, "patch_size": 8}
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def test_the_text_features_and_scores_of_clip():
 
 def test_embeddings_in_place_of_ids_are_refused_as_in_the_original():
     ours, plain, _ = three(build("CLIPTextModel"))
-    embeds = torch.randn(2, WIDTH, 32)
+    embeds = torch.randn(2, WIDTH, SIZES["hidden_size"])
     with pytest.raises(ValueError, match="input_ids") as expected:
         plain(inputs_embeds=embeds)
     with pytest.warns(UserWarning, match="there are no input_ids"), pytest.raises(ValueError, match="input_ids") as got:

@@ -55,7 +55,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(reentrant):
         once = losses_of(checkpointed, batch, steps=1)
     # forward, and again in backward: the first layer, and the last, of which the head reads only first tokens
     assert runs == {"run": 2, "run_for_first": 2}
-    torch.testing.assert_close(once, losses_of(ours, batch, steps=1))
+    # reentrant checkpointing runs the forward pass without gradients, by products that round otherwise
+    torch.testing.assert_close(once, losses_of(ours, batch, steps=1), rtol=1e-6, atol=1e-6)
 
 
 def test_dropout_drops():

@@ -12,6 +12,7 @@ from dropin_models import (
     HEADS,
     MASKS,
     MODELS,
+    SIZES,
     WIDTH,
     assert_gradients,
     assert_tensor,
@@ -172,7 +173,7 @@ def test_every_parameter_within_twice_the_originals_error(family, dtype):
 def test_gradients_in_bfloat16(family):
     ours, plain, truth = three(build(family), torch.bfloat16)
     mask = MASKS["right"]
-    batch, dy = batch_of(plain, mask), torch.randn(int(mask.sum()), 32)
+    batch, dy = batch_of(plain, mask), torch.randn(int(mask.sum()), SIZES["hidden_size"])
     losses = [(model(**batch).last_hidden_state[mask] * dy.to(model.dtype)).sum() for model in (ours, plain, truth)]
     assert_gradients(ours, plain, truth, losses)
 
@@ -183,7 +184,7 @@ def test_gradients_through_the_kernels(family):
     ours, plain, truth = three(build(family, num_hidden_layers=2), impl="triton")
     mask = MASKS["right"][:3, :7]
     batch = {name: t[:3, :7] for name, t in batch_of(plain, MASKS["right"]).items()}
-    dy = torch.randn(int(mask.sum()), 32)
+    dy = torch.randn(int(mask.sum()), SIZES["hidden_size"])
     losses = [(model(**batch).last_hidden_state[mask] * dy.to(model.dtype)).sum() for model in (ours, plain, truth)]
     assert_gradients(ours, plain, truth, losses)
 
@@ -264,7 +265,7 @@ def test_a_sequence_without_tokens_is_left_to_the_original():
 @pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "modernbert"])
 def test_embeddings_in_place_of_ids(family):
     ours, plain, truth = three(build(family))
-    mask, embeds = MASKS["right"], torch.randn(4, WIDTH, 32)
+    mask, embeds = MASKS["right"], torch.randn(4, WIDTH, SIZES["hidden_size"])
     for more in ({}, {"attention_mask": mask}):
         real = mask if more else torch.ones_like(mask)
         outputs = [m(inputs_embeds=embeds.to(m.dtype), **more).last_hidden_state[real] for m in (ours, plain, truth)]

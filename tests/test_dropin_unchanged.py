@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastbert
-from dropin_models import MASKS, MODELS, WIDTH, assert_gradients, batch_of, build, three
+from dropin_models import MASKS, MODELS, SIZES, WIDTH, assert_gradients, batch_of, build, three
 from fastbert.dropin.families import FAMILIES
 from fastbert.dropin.forward import Forward
 
@@ -24,7 +24,11 @@ pytestmark = pytest.mark.native
 FALLBACKS = {
     "output_attentions": ("bert", {"output_attentions": True}, "output_attentions was given"),
     "mask_4d": ("bert", {"attention_mask": torch.ones(4, 1, WIDTH, WIDTH).tril().bool()}, r"not \[batch, tokens\]"),
-    "encoder_hidden_states": ("bert", {"encoder_hidden_states": torch.zeros(4, 3, 32)}, "encoder_hidden_states was"),
+    "encoder_hidden_states": (
+        "bert",
+        {"encoder_hidden_states": torch.zeros(4, 3, SIZES["hidden_size"])},
+        "encoder_hidden_states was",
+    ),
     "single_states": ("bert", {"output_hidden_states": 1}, "single states"),
     "rotary_position_ids": ("modernbert", {"position_ids": torch.arange(WIDTH)[None] * 2}, "rotary positions"),
 }
@@ -69,7 +73,7 @@ def test_a_hook_on_a_linear_layer_sees_what_it_sees_in_the_original():
     with pytest.warns(UserWarning, match="a Linear has a hook"):
         output = ours(**batch)
     assert torch.equal(output.last_hidden_state, plain(**batch).last_hidden_state)
-    assert shapes == [(4, WIDTH, 48)]
+    assert shapes == [(4, WIDTH, SIZES["intermediate_size"])]
     assert "encoder.layer.0.intermediate.dense" in fastbert.explain(ours).left
 
 
