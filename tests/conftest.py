@@ -112,6 +112,13 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def even_products(monkeypatch):
+    """For tests that compare bits: the interpreter's products of a row do not depend on the place of the row."""
+    if _device.INTERPRETING and _device.HAS_TRITON:
+        runpy.run_path(str(Path(__file__).with_name("interpreter.py")))["multiply_evenly"](monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def hearing() -> list[str]:
     """What stands before a command that must react to Ctrl-C. A shell starts its background jobs, such as the tests,

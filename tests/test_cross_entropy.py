@@ -235,7 +235,7 @@ def test_chunks_follow_the_vocabulary():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.usefixtures("chunks")
+@pytest.mark.usefixtures("chunks", "even_products")
 def test_rows_do_not_depend_on_their_batch(dtype, device):
     """Batch-invariant: a row's loss and gradient have the same bits alone and among others."""
     hidden, weight, bias, labels = tensors(35, device, dtype)

@@ -246,6 +246,7 @@ def test_recompute_changes_no_bit(activation, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.usefixtures("even_products")
 def test_rows_do_not_depend_on_their_batch(dtype, device):
     """Batch-invariant: a row's output and gradient have the same bits alone and among others."""
     inputs = clone_inputs(testing.feed_forward_inputs(MODELS["tiny"], [140]), dtype, device)
