@@ -86,6 +86,7 @@ def test_a_bias_with_gaps(bias):
     assert packed(ours)
 
 
+@pytest.mark.cpp
 def test_no_copies_for_our_own_products(monkeypatch):
     monkeypatch.setattr(cpp, "multiplies", lambda dtype: True)
     plain = build()

@@ -36,7 +36,7 @@ def pretraining_labels(family: str, mask) -> dict[str, torch.Tensor]:
 
 def assert_loss(ours: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, dtype: torch.dtype) -> None:
     """A single number may be right by luck, so the budget is at least some roundings of its logits."""
-    assert relative_rms(ours, truth) <= max(2 * relative_rms(plain, truth), 8 * torch.finfo(dtype).eps)
+    assert relative_rms(ours, truth) <= max(2 * relative_rms(plain, truth), 16 * torch.finfo(dtype).eps)
 
 
 # the interpreter is slow, and other masks run the same kernels: without a mask, and with one

@@ -285,8 +285,6 @@ class AttentionForward(TorchForward):
             reason = MISFIT
         elif reason is None:
             reason = why_not_autocast(query)
-            if reason is None and takes_fast_path([module], query, key, value):
-                reason = why_no_keys(key_padding_mask, attn_mask)
         if reason is not None:
             return self.fall_back(reason, given)
         if query.dim() == 2:
@@ -319,22 +317,6 @@ def takes_fast_path(modules: Iterable[nn.Module], *inputs: Tensor) -> bool:
     return any(not (torch.is_grad_enabled() and any(p.requires_grad for p in m.parameters())) for m in evaluate)
 
 
-def why_no_keys(key_padding_mask: Tensor | None, attn_mask: Tensor | None) -> str | None:
-    """torch's path without gradients gives NaN for a token that sees none, and its other path 0."""
-    hidden, padding = (
-        mask if mask is None or mask.dtype == torch.bool else mask == float("-inf")
-        for mask in (attn_mask, key_padding_mask)
-    )
-    if hidden is None:
-        hidden = padding
-    elif padding is not None and padding.dim() == 2:  # [B, Sk], beside [Sq, Sk] or [B * H, Sq, Sk]
-        each = hidden if hidden.dim() == 2 else hidden.unflatten(0, (len(padding), -1))
-        hidden = each | padding[:, None, None]
-    elif padding is not None:
-        hidden = hidden | padding
-    return "a token sees no token" if hidden is not None and hidden.all(-1).any() else None
-
-
 def why_not_numbers(*masks: Tensor | None) -> str | None:
     """torch's path without gradients takes every number but 0 for a token that is not seen, its other path adds it."""
     floats = (mask for mask in masks if mask is not None and mask.dtype != torch.bool)
@@ -357,7 +339,7 @@ def why_not_masks(given: dict, layers: Sequence[nn.Module]) -> str | None:
         return MISFIT
     if (padding is None and mask is None) or not takes_fast_path(layers, src):
         return None
-    return why_not_numbers(padding, mask) or (None if mask is None else why_no_keys(padding, mask))
+    return why_not_numbers(padding, mask)
 
 
 def batch_and_tokens(x: Tensor, batch_first: bool) -> tuple[int | None, int]:
