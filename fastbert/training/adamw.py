@@ -66,15 +66,16 @@ class AdamW(torch.optim.AdamW):
         self._scale = 1.0
 
     def clip(self, max_norm: float) -> float:
-        """Makes the next step scale all gradients down if their joint norm is above `max_norm`, as
-        torch.nn.utils.clip_grad_norm_ does. Gradients for the C++ step are only read here; others are scaled in place.
+        """Scales all gradients down if their joint norm is above `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
+        Gradients that the C++ supports are only read here, and the next step scales them; others are scaled in place.
 
         Returns: the norm before scaling.
         """
         self._scale = 1.0  # the scale of a step that was clipped and then skipped does not apply
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
-        if not self._takes_all() or len({g.dtype for g in gradients}) > 1:
+        # Where torch's step follows nevertheless, `_scale_gradients` scales them first.
+        if torch.compiler.is_compiling() or not cpp.takes(*gradients) or len({g.dtype for g in gradients}) > 1:
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
             return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2 gives a sharded norm
         norm = cpp.norm(gradients)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import operators as cpp
-from .pointers import PLAIN, address, address_or_none
+from .pointers import PLAIN, address, address_or_none, addresses
 
+NAMES = ("parameter", "gradient", "exp_avg", "exp_avg_sq")
 BLOCK = 4096  # elements that `step` updates at a time in a tensor of one dimension
 
 
@@ -42,11 +43,11 @@ def numbers(
 
 def takes(*tensors: Tensor) -> bool:
     """Whether `step` can update these tensors: dense, contiguous, on the CPU, and of a dtype that the C++ supports."""
-    known = cpp.dtypes()
-    return all(
-        type(t) in PLAIN and t.layout is torch.strided and t.is_cpu and t.dtype in known and t.is_contiguous()
-        for t in tensors
-    )
+    known, strided = cpp.dtypes(), torch.strided
+    for t in tensors:
+        if not (type(t) in PLAIN and t.layout is strided and t.is_cpu and t.dtype in known and t.is_contiguous()):
+            return False
+    return True
 
 
 def block_of(p: Tensor) -> int:
@@ -70,16 +71,19 @@ def step(
     """
     if not parameters:
         return
-    dtype, pointers, sizes = parameters[0].dtype, array("Q"), array("q")
+    dtype, shapes = parameters[0].dtype, [p.shape for p in parameters]
     if len(by) != len(parameters):
         raise ValueError(f"adamw: got {len(parameters)} parameters, but numbers for {len(by)}")
-    for of in zip(parameters, gradients, means, squares, resting, strict=True):
-        size, block = of[0].numel(), block_of(of[0])
-        pointers.extend(
-            address(name, t, dtype, size)
-            for name, t in zip(("parameter", "gradient", "exp_avg", "exp_avg_sq"), of[:4], strict=True)
-        )
-        pointers.append(address_or_none("at_rest", of[4], torch.uint8, -(-size // block)) or 0)
+    columns = [
+        addresses(tensors, dtype, shapes) or array("Q", [
+            address(name, t, dtype, p.numel()) for t, p in zip(tensors, parameters, strict=True)
+        ])
+        for name, tensors in zip(NAMES, (parameters, gradients, means, squares), strict=True)
+    ]  # fmt: skip
+    pointers, sizes = array("Q"), array("q")
+    for p, rest, *of in zip(parameters, resting, *columns, strict=True):
+        size, block = p.numel(), block_of(p)
+        pointers.extend((*of, address_or_none("at_rest", rest, torch.uint8, -(-size // block)) or 0))
         sizes.extend((size, block))
     flat = array("f", [number for of in by for number in of])
     cpp.call("adamw", dtype, pointers.buffer_info()[0], sizes.buffer_info()[0], flat.buffer_info()[0], len(parameters))
@@ -91,7 +95,7 @@ def norm(gradients: Sequence[Tensor]) -> float:
         return 0.0
     dtype, sum_of_squares = gradients[0].dtype, array("d", [0.0])
     pointers = array("Q", [address("gradient", g, dtype, g.numel()) for g in gradients])
-    sizes = array("q", [g.numel() for g in gradients])
+    sizes = array("q", map(Tensor.numel, gradients))
     cpp.call(
         "sum_squares", dtype, pointers.buffer_info()[0], sizes.buffer_info()[0], len(gradients),
         sum_of_squares.buffer_info()[0],

@@ -97,7 +97,7 @@ def _described(
         cpp.expect_multiple("encoder_layer", f"the {what}", size, WIDTH * 4 // dtype.itemsize)
     if options.heads < 1 or attended % (options.heads * WIDTH):
         raise ValueError(f"encoder_layer: {options.heads} heads do not fit attention of width {attended}")
-    drops, rows = (options.probs_p, options.out_p, options.down_p), len(x)
+    drops, rows = (options.probs_p, options.out_p, options.down_p), x.shape[0]
     if max(drops) > 0.0 and (names.sequence_ids is None or names.row_ids is None):
         raise ValueError("encoder_layer: dropout needs sequence_ids and row_ids")
     starts, sequences = address_of_starts("cu_seqlens", names.cu_seqlens)
@@ -145,7 +145,7 @@ def forward(
 
     Raises: ValueError where cu_seqlens does not cut T rows into sequences, or on shapes that do not fit; MemoryError.
     """
-    layer, size = _described(x, weights, names, options, seed, dtype), len(x) * weights.query.shape[1]
+    layer, size = _described(x, weights, names, options, seed, dtype), x.shape[0] * weights.query.shape[1]
     y, saved, work = torch.empty_like(x), _memory(layer, dtype, SAVED), _memory(layer, dtype, FORWARD)
     where = _addresses_of(weights)
     outcome = cpp.call(
@@ -153,7 +153,7 @@ def forward(
         where.buffer_info()[0], address("y", y, x.dtype, size),
         *(address(name, t, torch.uint8, len(t)) for name, t in (("saved", saved), ("work", work))),
     )  # fmt: skip
-    _ran(outcome, len(x), names.cu_seqlens)
+    _ran(outcome, x.shape[0], names.cu_seqlens)
     return y, saved
 
 
@@ -163,7 +163,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradient of x, and of each weight in float32; None for those that are not wanted."""
     want_x, *of_weights = wanted
-    layer, size = _described(x, weights, names, options, seed, dtype), len(x) * weights.query.shape[1]
+    layer, size = _described(x, weights, names, options, seed, dtype), x.shape[0] * weights.query.shape[1]
     dx, work, where = torch.empty_like(x), _memory(layer, dtype, BACKWARD), _addresses_of(weights)
     gradients = [
         torch.empty(weight.shape, dtype=torch.float32, device="cpu") if is_wanted else None
@@ -179,7 +179,7 @@ def backward(
         address("saved", saved, torch.uint8, _bytes(layer, dtype, SAVED)), into.buffer_info()[0],
         address("dx", dx, x.dtype, size), want_x, address("work", work, torch.uint8, len(work)),
     )  # fmt: skip
-    _ran(outcome, len(x), names.cu_seqlens)
+    _ran(outcome, x.shape[0], names.cu_seqlens)
     return dx if want_x else None, *gradients
 
 
@@ -194,7 +194,7 @@ def encoder_layer(
     drawn, names = 0, Names(cu_seqlens, None, None)
     if max(options.probs_p, options.out_p, options.down_p) > 0.0:
         drawn = int(seed)
-        names = Names(cu_seqlens, _named(sequence_ids, len(cu_seqlens) - 1), _named(row_ids, len(x)))
+        names = Names(cu_seqlens, _named(sequence_ids, len(cu_seqlens) - 1), _named(row_ids, x.shape[0]))
     return apply_unwatched(_EncoderLayer, products.dtype_of(x), options, drawn, names, x, *weights)
 
 
@@ -226,7 +226,7 @@ class _EncoderLayer(torch.autograd.Function):
             gradients = backward(
                 dy.contiguous(), x, weights, saved, names, ctx.options, ctx.seed, ctx.dtype, wanted
             )  # fmt: skip
-            return None, None, None, None, *(None if g is None else g.to(x.dtype) for g in gradients)
+            return None, None, None, None, *(g if g is None or g.dtype is x.dtype else g.to(x.dtype) for g in gradients)
 
         def one_by_one(x: Tensor, *weights: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=ctx.dtype is not x.dtype):
