@@ -228,6 +228,16 @@ def _rotary(name: str, layer: Layer, **different: Any) -> Family:
     )
 
 
+_AROUND_MODERNBERT = {
+    "layers": "layers",
+    "word": "embeddings.tok_embeddings",
+    "position": None,
+    "token_type": None,
+    "norm": "embeddings.norm",
+    "dropout": "embeddings.drop",
+    "positions": "rotary",
+    "final_norm": "final_norm",
+}
 _TYPES = {"token_type_ids": None}  # for `Family.called`
 
 
@@ -313,27 +323,13 @@ FAMILIES = {
         _MODERNBERT_LAYER,
         output="BaseModelOutput",
         modules={"embeddings": ("ModernBertEmbeddings",)},
-        layers="layers",
-        word="embeddings.tok_embeddings",
-        position=None,
-        token_type=None,
-        norm="embeddings.norm",
-        dropout="embeddings.drop",
-        positions="rotary",
-        final_norm="final_norm",
+        **_AROUND_MODERNBERT,
     ),
     "ModernBertDecoderModel": Family(
         _MODERNBERT_DECODER_LAYER,
         output="BaseModelOutputWithPast",
         modules={"embeddings": ("ModernBertDecoderEmbeddings",)},
-        layers="layers",
-        word="embeddings.tok_embeddings",
-        position=None,
-        token_type=None,
-        norm="embeddings.norm",
-        dropout="embeddings.drop",
-        positions="rotary",
-        final_norm="final_norm",
+        **_AROUND_MODERNBERT,
         decoder=True,
         sees_less=1,
         first_column=False,
