@@ -123,8 +123,8 @@ def test_restore_copies_and_pickles(build):
     attributes, keys, before = set(model.__dict__), list(model.state_dict()), model.encode(MANY)
     fastbert.accelerate(model, impl="native")
     added = set(model.__dict__) - attributes
-    assert added - {"_inference", "encode"} == {"forward", "_replicate_for_data_parallel"}
-    assert len(added) == 3
+    assert added - {"_inference", "encode"} == {"forward", "_replicate_for_data_parallel", "__getstate__"}
+    assert len(added) == 4
     assert list(model.state_dict()) == keys
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         (method,) = (value for value in other.__dict__.values() if isinstance(value, sentence.BatchedMethod))

@@ -16,7 +16,7 @@ from . import distances
 from . import facts as table
 from .facts import at, has
 from .families import FAMILIES
-from .forward import Forward
+from .forward import forward_of
 from .kinds import SLIDING, TRANSFORMERS, kind_of, why_window
 from .original import called_by, of_library, tensor_hooks, why_call, why_not_original
 from .parts import layers_of
@@ -224,7 +224,7 @@ def why_hooked(encoder: nn.Module, facts: table.Family, layers: dict[str, nn.Mod
             return why
         if path != "pooler" and tensor_hooks(module, sharded=module not in passed):
             return f"a {type(module).__name__} has a hook"
-        if module in passed and "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], Forward):
+        if module in passed and "forward" in module.__dict__ and forward_of(module) is None:
             return f"the forward of a {type(module).__name__} was replaced"
     return None
 

@@ -20,7 +20,7 @@ from . import facts as table
 from .checks import blind_is_zero
 from .embeddings import count_positions, embeddings, pooled_columns, pooled_output, position_tables
 from .facts import at
-from .forward import InspectedForward, count
+from .forward import InspectedForward, count, forward_of
 from .inspection import Seen, Settings, inspect, settings_of
 from .kinds import kind_of, windows_of
 from .layer import LayerForward
@@ -229,7 +229,7 @@ class EncoderForward(InspectedForward):
 
     # ---- the pass ----
 
-    def __call__(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         given, rows = self.named(args, kwargs), FULL
         reason, seen = self.why_not(given)
         if reason is None:
@@ -408,7 +408,7 @@ class EncoderForward(InspectedForward):
 
 
 def is_layer(module: nn.Module) -> bool:
-    return isinstance(module.__dict__.get("forward"), LayerForward)
+    return isinstance(forward_of(module), LayerForward)
 
 
 @torch.compiler.assume_constant_result

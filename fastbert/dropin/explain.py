@@ -11,7 +11,7 @@ from . import sentence, torch_layers
 from .encoder import EncoderForward
 from .facts import Family, at, has
 from .find import TORCH, family_of, why_left, why_left_torch
-from .forward import Forward
+from .forward import Forward, forward_of
 from .graphs import GraphedEncoderForward
 from .heads import HeadForward
 from .padding import ZEROS
@@ -43,7 +43,7 @@ def explain(model: nn.Module) -> Report:
     """
     report = Report(type(model).__name__)
     for path, module in model.named_modules():
-        forward = module.__dict__.get("forward")
+        forward = forward_of(module)
         name = path or "(the model)"
         _explain_sentence(report, path, module)
         if isinstance(forward, EncoderForward):
@@ -58,7 +58,7 @@ def explain(model: nn.Module) -> Report:
         elif (family := family_of(module)) is not None:
             report.left[name] = f"{type(module).__name__}: {why_left(module, family) or 'not accelerated'}"
         compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        if compiled and any(isinstance(m.__dict__.get("forward"), Forward) for m in module.modules()):
+        if compiled and any(forward_of(m) is not None for m in module.modules()):
             report.left[f"{name}, under torch.compile"] = "padding is kept: the number of tokens depends on data"
     if not report.replaced and not report.left:
         report.left["(the model)"] = (

@@ -8,7 +8,7 @@ from . import torch_layers
 from .checks import why_every_call, why_lists
 from .facts import Family, has
 from .families import FAMILIES, FAMILIES_OF_4
-from .forward import Forward
+from .forward import forward_of
 from .kinds import TRANSFORMERS
 from .original import why_not_original
 from .parts import layers_of
@@ -50,7 +50,7 @@ def is_bare(model: nn.Module, encoder: nn.Module, passes: tuple[str, ...] = ()) 
 
 def why_left(encoder: nn.Module, family: Family) -> str | None:
     """Why an encoder of a known family cannot be accelerated, or None."""
-    if "forward" in encoder.__dict__ and not isinstance(encoder.__dict__["forward"], Forward):
+    if "forward" in encoder.__dict__ and forward_of(encoder) is None:
         return "its forward was replaced already"
     config = encoder.config
     if getattr(config, "is_decoder", False) and not family.decoder:
@@ -88,6 +88,6 @@ def why_left_torch(module: nn.Module) -> str | None:
     kind = next((kind for kind in TORCH if isinstance(module, kind)), None)
     if kind is None:
         return "it is not torch's own"
-    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], Forward):
+    if "forward" in module.__dict__ and forward_of(module) is None:
         return "its forward was replaced already"
     return TORCH[kind].why_left(module)

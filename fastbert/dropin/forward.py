@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import threading
 import warnings
 from types import CodeType
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
+from ..stack.shared import Pass
 from .padding import ZEROS
 
 _COUNTING = threading.Lock()  # `count` reads and writes in two steps, and calls come from several threads
@@ -52,14 +55,22 @@ class Forward:
             "fastbert.restore(model) before it"
         )
 
-    def put(self) -> None:
-        """Replaces the class's `forward` until `remove`."""
-        self.module.forward = self
-        self.module._replicate_for_data_parallel = self.replicate
+    def entries(self) -> dict[str, Any]:
+        """What lies in the module's `__dict__` as long as the module is accelerated."""
+        return {"forward": self, "_replicate_for_data_parallel": self.replicate, "__getstate__": self.state}
 
-    def remove(self) -> None:
-        del self.module.forward
-        del self.module._replicate_for_data_parallel
+    def put(self) -> None:
+        """Replaces the class's `forward` until `remove_forwards`."""
+        self.module.__dict__.update(self.entries())
+
+    def release(self) -> None:
+        """Gives back what the module's parameters hold for this `forward`, which is no longer used."""
+
+    def state(self) -> Any:
+        """The module's state for `copy` and `pickle`."""
+        getstate = getattr(type(self.module), "__getstate__", None)  # Python 3.10's object has none
+        state = self.module.__dict__ if getstate is None else getstate(self.module)
+        return State(state, self.module) if isinstance(state, dict) else state
 
     def replicate(self) -> nn.Module:
         """nn.DataParallel's replica of the module, with a `forward` for the replica.
@@ -89,11 +100,86 @@ class Forward:
         if count(self.warned, reason) == 1:
             warnings.warn(
                 f"{type(self.module).__name__}: {reason}, so fastbert leaves this call to the model's own code",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def __call__(self, *args, **kwargs):
+        if len(args) == 3 and isinstance(args[1], Pass):
+            return self.call_packed(*args)
+        if not torch.compiler.is_compiling():
+            called = called_module()
+            if called is not None and called is not self.module and has_entries_of(called, self.module):
+                return type(called).forward(called, *args, **kwargs)  # somebody copied the `__dict__` of `self.module`
+        return self.call(*args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        """The output of a call of the module."""
         raise TypeError(f"{type(self).__name__} has no forward")
+
+    def call_packed(self, x: Tensor, shared: Pass, index: int) -> Tensor:
+        """The output [T, C] of a call of a layer, number `index`, by the accelerated encoder around it. x: [T, C]."""
+        raise TypeError(f"{type(self).__name__} is not that of a layer")
+
+
+class State(dict):
+    """The state of an accelerated module: its `__dict__`, or what its class's `__getstate__` makes of that.
+
+    deepcopy and pickle take all of it, so that their copy is accelerated. A shallow copy takes the entries of this
+    dictionary, without those of acceleration, so that it runs its class's code: a `Forward` would call `module`.
+    """
+
+    def __init__(self, whole: dict[str, Any], module: nn.Module):
+        entries = whole.items()
+        super().__init__((name, v) for name, v in entries if (f := _put_as(name, v)) is None or f.module is not module)
+        self.whole = whole
+
+    def __deepcopy__(self, memo: dict) -> dict[str, Any]:
+        return copy.deepcopy(self.whole, memo)
+
+    def __reduce_ex__(self, protocol) -> tuple:
+        return dict, (self.whole,)
+
+
+def _put_as(name: str, value: Any) -> Forward | None:
+    """The `Forward` whose `put` makes such an entry of a module's `__dict__`; None if none does."""
+    forward = getattr(value, "__self__", value)
+    return forward if isinstance(forward, Forward) and name in forward.entries() else None
+
+
+def has_entries_of(module: nn.Module, accelerated: nn.Module) -> bool:
+    """Whether `module` has the entries that were put into the `__dict__` of an accelerated module. A module that was
+    only given the other's `forward`, to call that, has not."""
+    forward = _put_as("__getstate__", module.__dict__.get("__getstate__"))
+    return forward is not None and forward.module is accelerated
+
+
+def forward_of(module: nn.Module) -> Forward | None:
+    """The `Forward` that runs when `module` is called; None if it is not accelerated."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, Forward) and forward.module is module else None
+
+
+def remove_forwards(module: nn.Module) -> None:
+    """Takes the entries of acceleration out of a module's `__dict__`."""
+    own = module.__dict__
+    put = {name: forward for name, value in own.items() if (forward := _put_as(name, value)) is not None}
+    put = {name: f for name, f in put.items() if f.module is module or has_entries_of(module, f.module)}
+    for name, value in list(own.items()):
+        if name in put:
+            del own[name]
+            if value is put[name] and value.module is module:
+                value.release()
+        elif isinstance(value, Forward):  # kept by code that wraps it, or given to another module
+            own[name] = value.original
+
+
+_CALLS = nn.Module._slow_forward.__code__.co_filename  # the file of torch's code that calls a module's `forward`
+
+
+def called_module() -> nn.Module | None:
+    """The module whose call runs the `forward` that calls this function; None if something else calls it."""
+    caller = sys._getframe(2)
+    return caller.f_locals.get("self") if caller.f_code.co_filename == _CALLS else None
 
 
 class InspectedForward(Forward):
@@ -130,7 +216,7 @@ class InspectedForward(Forward):
     def warn_of_zeros(self) -> None:
         """Warns once that padding gets zeros where the original returns other values."""
         if count(self.zeros_returned, ZEROS) == 1:
-            warnings.warn(f"{type(self.module).__name__}: {ZEROS}", stacklevel=6)
+            warnings.warn(f"{type(self.module).__name__}: {ZEROS}", stacklevel=7)
 
 
 def count(counts: dict[str, int], what: str) -> int:

@@ -151,7 +151,7 @@ class HeadForward(InspectedForward):
             return f"padding is computed: {why}"
         return f"it reads {self.kind}" + (", and computes logits of these only" if self.labelled_logits else "")
 
-    def __call__(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph computes all rows
             return self.original(*args, **kwargs)
         given = self.named(args, kwargs)

@@ -30,16 +30,16 @@ class LayerForward(Forward):
         forward.joined = JoinedLinears()  # the replica has weights of its own
         return forward
 
-    def remove(self) -> None:
-        super().remove()
+    def release(self) -> None:
         paths = (f"{path}.weight" for path in self.facts.linears)
         weights = (at(self.module, path) for path in paths if has(self.module, path))
         release(weight for weight in weights if isinstance(weight, Tensor))
 
-    def __call__(self, *args, **kwargs):
-        if not (len(args) == 3 and isinstance(args[1], Pass)):
-            return self.original(*args, **kwargs)
-        layer, (x, shared, index) = self.module, args
+    def call(self, *args, **kwargs):
+        return self.original(*args, **kwargs)
+
+    def call_packed(self, x: Tensor, shared: Pass, index: int) -> Tensor:
+        layer = self.module
         description = self.described() if shared.layers is None else shared.layers[layer]
 
         def through(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..text.batching import CHUNK_TEXTS, even_batches, run_batches, tokens_per_batch
 from ..text.cutting import Cutter
 from .encoder import EncoderForward
-from .forward import Forward
+from .forward import Forward, forward_of
 from .original import tensor_hooks
 from .padding import Policy, Reading, reading, reading_now
 
@@ -67,7 +67,7 @@ def is_pipeline(model: nn.Module) -> bool:
     of_library = any(cls.__module__.startswith("sentence_transformers.") for cls in type(model).__mro__)
     if not (of_library and isinstance(model, nn.Sequential) and len(model)):
         return False
-    return any(isinstance(m.__dict__.get("forward"), EncoderForward) for m in model[0].modules())
+    return any(isinstance(forward_of(m), EncoderForward) for m in model[0].modules())
 
 
 def why_read(model: nn.Sequential) -> str | None:
@@ -105,7 +105,7 @@ class PooledForward(Forward):
         why = self.why_read()
         return "it does not read padding" if why is None else f"padding is computed: {why}"
 
-    def __call__(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph computes all rows
             return self.original(*args, **kwargs)
         outer = reading_now()
@@ -132,7 +132,7 @@ def why_left(model: nn.Module, kind: str) -> str | None:
         first = type(model[0]).__name__ if len(model) else "nothing"
         flat = first == "Transformer"
         return "it runs without padding on FlashAttention" if flat else f"its first module is a {first}"
-    inside = [f for m in model[0].modules() if isinstance(f := m.__dict__.get("forward"), EncoderForward)]
+    inside = [f for m in model[0].modules() if isinstance(f := forward_of(m), EncoderForward)]
     if not inside:
         return "its transformer was left alone"
     if any(forward.facts.pooled == "last" for forward in inside):
@@ -152,16 +152,13 @@ class BatchedMethod(Forward):
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(getattr(type(self.module), self.name).__get__(self.module))
 
-    def put(self) -> None:
-        self.module.__dict__[self.name] = self
-
-    def remove(self) -> None:
-        del self.module.__dict__[self.name]
+    def entries(self) -> dict[str, Any]:
+        return {self.name: self, "__getstate__": self.state}
 
     def original(self, *args, **kwargs):
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
-    def __call__(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         model, method = self.module, getattr(type(self.module), self.name)
         bound = inspect.signature(method).bind(model, *args, **kwargs)
         bound.apply_defaults()
@@ -202,8 +199,7 @@ class BatchedMethod(Forward):
         if str(given.get("device") or model.device).startswith("hpu"):
             return "the device is an HPU"
         for module in model.modules():
-            own = module.__dict__.get("forward")
-            if own is not None and not isinstance(own, Forward):
+            if "forward" in module.__dict__ and forward_of(module) is None:
                 return f"the forward of a {type(module).__name__} was replaced"
             if tensor_hooks(module):
                 return f"a {type(module).__name__} has a hook"
@@ -248,7 +244,7 @@ class Regrouped:
             texts = cut(self.model, texts, kwargs)
         if len(texts) < 2:
             return tokenise(texts, *args, **kwargs)
-        inside = (module.__dict__.get("forward") for module in self.model[0].modules())
+        inside = map(forward_of, self.model[0].modules())
         anywhere = all(forward.facts.anywhere for forward in inside if isinstance(forward, EncoderForward))
         padding = getattr(self.model.tokenizer, "pad_token_id", None) or 0
         rows, rest = Rows(padding, anywhere, any(type(module).__name__ == LAST for module in self.model)), {}

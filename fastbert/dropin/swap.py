@@ -13,7 +13,7 @@ from .encoder import EncoderForward
 from .explain import explain
 from .facts import Family
 from .find import TORCH, family_of, is_bare, why_left, why_left_torch
-from .forward import Forward
+from .forward import forward_of, remove_forwards
 from .graphs import GraphedEncoderForward
 from .heads import HeadForward, what_it_reads
 from .layer import LayerForward
@@ -107,8 +107,7 @@ def _graphs_of(model: nn.Module, impl: F.Impl | None) -> dict[nn.Module, Graphs]
 def restore(model: nn.Module) -> nn.Module:
     """Undoes `accelerate` in place: every module has its class's forward again. Returns the same model."""
     for module in model.modules():
-        for forward in [value for value in module.__dict__.values() if isinstance(value, Forward)]:
-            forward.remove()
+        remove_forwards(module)
     return model
 
 
@@ -127,7 +126,7 @@ def _swap_head(head: nn.Module, labelled_logits: bool) -> None:
     if what_it_reads(head) is None or "forward" in head.__dict__:
         return
     for path, child in head.named_children():
-        if isinstance(child.__dict__.get("forward"), EncoderForward):
+        if isinstance(forward_of(child), EncoderForward):
             HeadForward(head, path, labelled_logits).put()
 
 
@@ -147,7 +146,7 @@ def _swap_torch(
     if module in seen:
         return
     seen.add(module)
-    if isinstance(module.__dict__.get("forward"), EncoderForward):
+    if isinstance(forward_of(module), EncoderForward):
         return
     if why_left_torch(module) is None:
         bare = is_bare(model, module)

@@ -17,7 +17,7 @@ from ..stack.description import Layer, Part
 from ..stack.layer import in_one_call, run
 from ..stack.shared import Pass
 from .checks import why_list, why_not_dropout
-from .forward import InspectedForward
+from .forward import InspectedForward, forward_of
 from .once import only_once
 from .original import LIBRARY, Watch, tensor_hooks, why_call, why_library, why_not_here, why_not_original, written_on
 from .padding import EMPTY, ZEROS, Policy
@@ -170,9 +170,7 @@ class TorchLayerForward(TorchForward):
     def summary(self) -> str:
         return "attention, feed_forward, add_layer_norm"
 
-    def __call__(self, *args, **kwargs):
-        if len(args) == 3 and isinstance(args[1], Pass):
-            return self.run(*args)
+    def call(self, *args, **kwargs):
         given = self.named(args, kwargs)
         src = given["src"]
         reason = why_not_here(given) or self.look().reason or why_not_masks(given, [self.module]) or self.why_not_now()
@@ -184,7 +182,7 @@ class TorchLayerForward(TorchForward):
         )
         if shared is None:
             return self.fall_back(EMPTY, given)
-        return unpack(only_once(self.run(x, shared, 0), self.impl), shared, src, attention.batch_first)
+        return unpack(only_once(self.call_packed(x, shared, 0), self.impl), shared, src, attention.batch_first)
 
     def why_not_now(self) -> str | None:
         """If a dropout module is in training mode in a layer that is not, only one of torch's two paths drops."""
@@ -200,7 +198,7 @@ class TorchLayerForward(TorchForward):
             activation=parts[layer.activation], activation_name=seen.name
         )
 
-    def run(self, x: Tensor, shared: Pass, index: int) -> Tensor:
+    def call_packed(self, x: Tensor, shared: Pass, index: int) -> Tensor:
         return run(x, self.described(), torch_drops(self.module), shared, index, self.module.training)
 
 
@@ -220,11 +218,11 @@ class StackForward(TorchForward):
             ', and otherwise because of padding="zero"' if self.padding == "zero" else ""
         )
 
-    def __call__(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         given, module = self.named(args, kwargs), self.module
         reason, layers = why_not_here(given) or self.look().reason, []
         if reason is None:
-            layers = [layer.__dict__.get("forward") for layer in module.layers]
+            layers = [forward_of(layer) for layer in module.layers]
             if not all(isinstance(forward, TorchLayerForward) for forward in layers):
                 reason = "a layer is in place of an accelerated one"
         reason = reason or why_not_masks(given, module.layers)
@@ -270,7 +268,7 @@ class AttentionForward(TorchForward):
             return False
         return masks_fit(batch, self.module.num_heads, queries, keys, key_padding_mask, attn_mask)
 
-    def __call__(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
         given, module = self.named(args, kwargs), self.module
         query, key, value = given["query"], given["key"], given["value"]
         key_padding_mask, attn_mask = given.get("key_padding_mask"), given.get("attn_mask")
