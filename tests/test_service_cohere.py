@@ -65,3 +65,16 @@ def test_vectors_in_each_of_coheres_types(client, encoder):
     assert close(plain["embeddings"], encoder.encode_document(["a b"]))
     assert client.post("/v2/embed", {"texts": ["a"], "embedding_types": ["float64"]}).json()["message"]
     assert client.post("/v2/embed", {"texts": ["a"], "embedding_types": [[]]}).status == 400
+
+
+def test_cohere_names_the_end_that_is_cut(served, encoder):
+    """NONE refuses a long text, and a request that does not say has the server's default."""
+    client = served("texts", auto_truncate=False)
+    text = "a b " * 40 + "c d"
+    (ids,) = encoder.tokenizer.input_ids([text])
+    for name, kept in (("START", ids[:1] + ids[-63:]), ("END", ids[:63] + ids[-1:])):
+        reply = client.post("/v2/embed", {"texts": [text], "truncate": name})
+        assert reply.headers["x-truncated-texts"] == "1"
+        assert close(reply.json()["embeddings"]["float"], encoder.encode_ids([kept], 100))
+    for body in ({"texts": [text], "truncate": "NONE"}, {"texts": [text]}):
+        assert client.post("/v2/embed", body).status == 413

@@ -153,6 +153,7 @@ def test_any_order_of_events_keeps_the_counts(seed):
         else:
             batch = queue.next_batch()
             assert not taken & {(id(r), n) for r, n in batch}
+            assert len(batch) < 2 or sum(r.lengths[n] for r, n in batch) <= queue.budget
             taken |= {(id(r), n) for r, n in batch}
         left = sum(sum(r.lengths[r.taken :]) for r in waiting)
         assert queue.tokens == left <= queue.bound

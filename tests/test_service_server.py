@@ -13,9 +13,11 @@ pytest.importorskip("starlette", reason="needs the serve extra")
 import orjson
 
 from fastbert import batch_invariant
-from fastbert.service.app import as_json
+from fastbert.service.app import WAYS, as_json
 from fastbert.service.engine import Engine
+from fastbert.service.errors import ServiceError
 from fastbert.service.models import Models
+from fastbert.service.service import Call
 from fastbert.service.settings import Settings
 from service_models import TEXTS
 
@@ -90,6 +92,7 @@ def test_only_a_long_unread_body_closes_the_connection(served):
         ("right", {"content-length": "100001"}, True), ("wrong", {"content-length": "65537"}, True),
         ("wrong", {"content-length": "65536"}, False), ("wrong", {}, False),
         ("wrong", {"transfer-encoding": "chunked"}, True), ("right", {"transfer-encoding": "chunked"}, False),
+        ("wrong", {"content-length": "many"}, True), ("right", {"content-length": "70000"}, False),
     ):  # fmt: skip
         reply = client.post("/embed", {"inputs": 7}, {"authorization": f"Bearer {key}", **length})
         assert reply.status in (401, 413, 422)
@@ -97,16 +100,31 @@ def test_only_a_long_unread_body_closes_the_connection(served):
     assert client.ask("GET", "/info", headers={"content-length": "70000"}).headers.get("connection") is None
 
 
+def test_a_body_that_turns_out_too_long_closes_the_connection():
+    """Its rest is not read."""
+
+    async def receive():
+        return {"type": "http.request", "body": b"x" * 60, "more_body": True}
+
+    call = Call("embed", {"headers": [(b"transfer-encoding", b"chunked")]}, receive)
+    with pytest.raises(ServiceError, match="larger than 100 bytes"):
+        asyncio.run(call.read(100))
+    assert call.has_long_rest
+
+
 def test_the_key(served):
     client = served("texts", api_key="right")
     for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "right"}, {"authorization": "Bearer rightx"},
-                  {"authorization": "Bearer righ"}):  # fmt: skip
+                  {"authorization": "Bearer righ"}, {"authorization": "Digest right"}):  # fmt: skip
         reply = client.post("/v1/embeddings", {"input": "a"}, given)
         assert reply.status == 401
+        assert reply.headers["www-authenticate"] == "Bearer"
         assert reply.json()["error"]["type"] == "authentication_error"
     assert client.post("/v1/embeddings", {"input": "a"}, {"authorization": "Bearer right"}).status == 200
     assert client.get("/ready").status in (200, 503)
-    assert client.get("/info").status == 401
+    for way in WAYS:
+        for path in way.paths:
+            assert client.ask(way.method, path.replace("{name:path}", "texts")).status == 401, path
 
 
 def test_a_body_that_does_not_arrive_times_out(served):
@@ -150,7 +168,32 @@ def test_a_late_request_gets_an_error_and_leaves_the_queue(served):
         del lane.compute
     assert first.result(30).status == 200
     assert engine.is_alive
-    assert client.post("/embed", {"inputs": "a"}, {"x-timeout-seconds": "soon"}).status == 422
+    assert 'te_request_failure{err="gone"} 1.0' in client.get("/metrics").content.decode()
+    for wrong in ("soon", "0", "-1", "nan", "inf"):
+        assert client.post("/embed", {"inputs": "a"}, {"x-timeout-seconds": wrong}).status == 422
+
+
+@pytest.mark.parametrize("case", ["the server's limit", "a header above it", "the body came late"])
+def test_a_request_has_no_more_time_than_the_server_gives(served, monkeypatch, case):
+    """The time counts from the beginning of the request, and a header can only shorten it."""
+    client = served("texts", timeout=1000.0 if case == "the body came late" else 0.05)
+    lane, go = client.service.models.served[0].abilities["vectors"]._plain, threading.Event()
+    read = client.service.read
+
+    async def reads_late(call):
+        await read(call)
+        call.began -= 1000.0
+
+    if case == "the body came late":
+        monkeypatch.setattr(client.service, "read", reads_late)
+    monkeypatch.setattr(lane, "compute", lambda data: go.wait(60))
+    try:
+        given = {"x-timeout-seconds": "1000"} if case == "a header above it" else {}
+        reply = client.start("POST", "/v1/embeddings", {"input": "a"}, given).result(30)
+    finally:
+        go.set()
+    assert reply.status == 504
+    assert reply.json()["error"]["type"] == "server_error"
 
 
 def test_batch_invariance_gives_the_same_bits_alone_and_together(served):
@@ -207,13 +250,45 @@ def test_settings_from_flags_and_the_environment(tmp_path):
     assert (settings.port, settings.host, settings.auto_truncate) == (8, "127.0.0.1", False)
     assert (settings.api_key, settings.max_batch_tokens) == ("of the environment", 77)
     assert Settings.read({"api_key_file": str(tmp_path / "key")}, environment).api_key == "of the file"
+    assert Settings.read({}, {"API_KEY_FILE": str(tmp_path / "key")}).api_key == "of the file"
     assert Settings.read({}, {}).api_key is None
+    (tmp_path / "key").write_text("\n")
+    with pytest.raises(ValueError, match="key has no key in it"):
+        Settings.read({}, {"API_KEY_FILE": str(tmp_path / "key"), "API_KEY": "of the environment"})
     with pytest.raises(ValueError, match="PORT"):
         Settings.read({}, {"PORT": "x"})
     with pytest.raises(ValueError, match="port must be from 1 to 65535, got 65536"):
         Settings.read({"port": 65_536}, {})
     with pytest.raises(ValueError, match="prometheus_port must be another one than port, which is 8080"):
         Settings.read({"prometheus_port": 8080}, {})
+
+
+def test_errors_have_the_form_of_the_address(served):
+    """Also where nothing is at an address, and where its method is another one."""
+    client = served("ranks")
+    for method, path, body, status, form in (
+        ("POST", "/v1/nowhere", {}, 404, "openai"), ("POST", "/nowhere", {}, 404, "tei"),
+        ("GET", "/v1/embeddings", {}, 405, "openai"), ("GET", "/embed", {}, 405, "tei"),
+        ("POST", "/rerank", {"query": 7, "documents": ["a"]}, 400, "cohere"),
+        ("POST", "/rerank", {"query": 7, "texts": ["a"]}, 422, "tei"),
+        ("POST", "/v1/rerank", {"query": "a", "documents": [7]}, 400, "cohere"),
+        ("POST", "/v2/embed", {"texts": ["a"]}, 400, "cohere"), ("POST", "/embed", {"inputs": "a"}, 424, "tei"),
+    ):  # fmt: skip
+        reply = client.ask(method, path, body)
+        error = reply.json()
+        assert reply.status == status, path
+        assert reply.headers.get("allow") == ("POST" if status == 405 else None)
+        if form == "openai":
+            assert set(error["error"]) == {"message", "type", "param", "code"}
+            assert error["detail"] == error["error"]["message"]
+        elif form == "tei":
+            assert set(error) == {"error", "error_type"}
+            assert isinstance(error["error"], str)
+        else:
+            assert set(error) == {"message", "detail"}
+            assert error["message"] == error["detail"]
+    reply = client.post("/predict", {"inputs": "a\ud800"}, {})
+    assert (reply.status, reply.json()["error_type"]) == (400, "Validation")
 
 
 def test_texts_are_not_logged(served, caplog):

@@ -55,6 +55,19 @@ def test_predict_gives_labels_best_first(client, folders):
     assert client.post("/predict", {"inputs": ["a", "b", "c"], "model": "feelings"}).status == 422
 
 
+def test_every_cut_text_is_counted(client):
+    """Of texts, and of pairs and texts together."""
+    long = "a " * 99
+    for path, body, count in (
+        ("/embed", {"inputs": [long, "a", long]}, 2), ("/embed", {"inputs": [[5] * 99, [5], [5] * 99, [5] * 63]}, 3),
+        ("/predict", {"inputs": [[long], ["a", long], ["a"], ["a", "b"], [long, "a"]], "model": "feelings"}, 3),
+        ("/rerank", {"query": "a", "texts": [long, "b", long]}, 2),
+        ("/similarity", {"inputs": {"source_sentence": long, "sentences": [long, "a"]}}, 2),
+        ("/tokenize", {"inputs": [long, "a", long]}, 2),
+    ):  # fmt: skip
+        assert client.post(path, body).headers["x-truncated-texts"] == str(count), path
+
+
 def test_similarity_is_the_cosine(client, encoder):
     found = client.post("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b", "a"]}}).json()
     vectors = encoder.encode(["a", "b"])

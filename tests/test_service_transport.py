@@ -143,6 +143,25 @@ def test_the_rest_of_a_refused_request_is_read_within_bounds(bound, monkeypatch)
     run(test)
 
 
+def test_a_client_reads_the_answer_to_a_malformed_body(monkeypatch):
+    """Closed at once, the connection would be reset because of the bytes behind the malformed ones."""
+    monkeypatch.setattr(transport, "LINGER_SECONDS", 10 * PATIENCE)
+
+    async def test():
+        async with Server() as server:
+            reader, writer = await server.connect()
+            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n4\r\nbody\r\n")
+            await asyncio.sleep(0.05)
+            writer.write(b"no length\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+            assert len(server.state.connections) == 1
+            writer.write(b"x" * 50_000)
+            writer.close()
+            await server.until_all_are_lost()
+
+    run(test)
+
+
 class Transport:
     """Records what is written to it, and whether it was closed."""
 

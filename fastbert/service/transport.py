@@ -52,7 +52,7 @@ class OneWrite:
         self._is_closing = True
         self._flush()
         cycle = self._protocol.cycle
-        if cycle is not None and cycle.response_complete and cycle.more_body:
+        if cycle is not None and cycle.more_body:
             Leftover(self._transport, self._loop, self._protocol)
         else:
             self._transport.close()
