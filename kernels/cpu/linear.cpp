@@ -84,7 +84,7 @@ int linear_of_many_rows(
         [&](int column, int from, int to, int of) {
             fetch_share(weight + (int64_t)column * inner, (int64_t)sizeof *weight * PANEL * inner, from, to, of);
         },
-        [&](int row, int column, Floats sums) {
+        [=](int row, int column, Floats sums) {
             const Floats z = bias ? sums + T::load(bias + column) : sums;
             T::store(y + row * y_stride + column, activate(z, activation));
         }

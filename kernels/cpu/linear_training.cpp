@@ -35,7 +35,7 @@ int forward(
         [&](int column, int from, int to, int of) {
             fetch_share(weight + (int64_t)column * inner, (int64_t)sizeof *weight * PANEL * inner, from, to, of);
         },
-        [&](int row, int column, Floats sums) {
+        [=](int row, int column, Floats sums) {
             Floats z = bias ? sums + load(bias + column) : sums;
             if (h) {
                 z = as_stored<T>(z);
@@ -69,7 +69,7 @@ int input_gradient(
                 for (size_t byte = 0; byte < sizeof(W) * PANEL; byte += 64) fetch(at + byte);
             }
         },
-        [&](int row, int column, Floats sums) {
+        [=](int row, int column, Floats sums) {
             const int64_t at = (int64_t)row * inner + column;
             if (h) {
                 const Activated activated = activate_with_slope(T::load(h + at), activation);
@@ -141,8 +141,10 @@ int weight_gradient(
                         lay_out<T>(of_x + column, inner, tokens, registers, panel);
                     },
                     [](int, int, int, int) {},
-                    [&](int row, int column, Floats sums) {
-                        float* to = dweights[i + row / columns] + (int64_t)(row % columns) * inner + column;
+                    [=](int row, int column, Floats sums) {
+                        int of = i;
+                        for (; row >= columns; row -= columns) ++of;
+                        float* to = dweights[of] + (int64_t)row * inner + column;
                         store(to, first ? load(to) + sums : sums);
                     }
                 );

@@ -105,7 +105,7 @@ inline int parts_of(int rows, int panels) {
 // Multiplies x [rows, lanes], with stride x_stride, with the panels of `columns` columns, a multiple of WIDTH.
 //     fill(column, registers, panel)  lays out the columns from `column` on
 //     fetch(column, from, to, of)     prefetches the parts `from` to `to`, of `of`, of the data for these columns
-//     put(row, column, sums)          stores a register of sums
+//     put(row, column, sums)          stores a register of sums; should capture by value, see `put_here`
 // Returns 1 if there is no memory for a panel. A row's sums do not depend on the other rows.
 template <class T, class Fill, class Fetch, class Put>
 int multiply_rows(
@@ -118,6 +118,7 @@ int multiply_rows(
     const uint64_t call = ++calls;
     std::atomic<bool> failed{false};
     Team::share(panels * parts, [&](int chunk) {
+        const Put put_here = put;  // a local object, so that stores through pointers cannot change what it captured
         thread_local uint64_t call_of_panel = 0;
         thread_local int laid_out = -1;
         const int p = chunk / parts, first = chunk % parts * of_part, end = std::min(first + of_part, rows);
@@ -142,7 +143,7 @@ int multiply_rows(
             }
             for (int j = 0; j < registers; ++j)
                 for (int i = 0; i < n; ++i)
-                    put(row + i, column + j * WIDTH, load(sums[i] + j * WIDTH));
+                    put_here(row + i, column + j * WIDTH, load(sums[i] + j * WIDTH));
         }
     });
     return failed;
