@@ -38,18 +38,18 @@ inline void quantise(
     );
 }
 
-// Calls put(row, column, y) for every 16 elements of the products that int8_multiply passes on. `put` should capture values:
-// what it captures by reference is read again after each store.
-template <class Put>
-inline void by_registers(int row, int n, int column, int registers, float (*out)[ROWS][PANEL], const Put& put) {
-    for (int i = 0; i < n; ++i) {
-        const float* of_row = out[0][i];
-        if (registers == BLOCK_REGISTERS)
+// Calls to(row, column)(i, j, y) for every 16 elements of the products that int8_multiply passes on.
+template <class To>
+auto by_registers(const To& to) {
+    return [=](int row, int n, int column, int registers, float (*out)[ROWS][PANEL]) {
+        const auto put = to(row, column);
+        for (int i = 0; i < n; ++i)
+            if (registers == BLOCK_REGISTERS)
 #pragma GCC unroll 4
-            for (int j = 0; j < BLOCK_REGISTERS; ++j) put(row + i, column + j * WIDTH, load(of_row + j * WIDTH));
-        else
-            for (int j = 0; j < registers; ++j) put(row + i, column + j * WIDTH, load(of_row + j * WIDTH));
-    }
+                for (int j = 0; j < BLOCK_REGISTERS; ++j) put(i, j, load(out[0][i] + j * WIDTH));
+            else
+                for (int j = 0; j < registers; ++j) put(i, j, load(out[0][i] + j * WIDTH));
+    };
 }
 
 template <class T>
@@ -70,11 +70,11 @@ int int8_linear(
             int8_multiply(
                 quantised.q + (int64_t)first * inner, quantised.ranges + (int64_t)first * (1 + groups),
                 std::min(MOST_ROWS, rows - first), inner, weight, weight.sums, columns, panel, panel + 1, 1,
-                [=](int row, int n, int column, int registers, float (*out)[ROWS][PANEL]) {
-                    by_registers(row, n, column, registers, out, [=](int row, int column, Floats z) {
-                        T::store(y + (first + row) * y_stride + column, activate(z, activation));
-                    });
-                }
+                Nothing(), by_registers([=](int row, int column) {
+                    return [=, to = y + (first + row) * y_stride + column](int i, int j, Floats z) {
+                        T::store(to + i * y_stride + j * WIDTH, activate(z, activation));
+                    };
+                })
             );
         });
     });
@@ -106,14 +106,20 @@ struct Rows {
         for (int row = 0; row < rows; ++row) quantise<T>(x + (int64_t)row * from, weight, into, row, from);
     }
 
-    template <class Put>
+    template <class To, class Put>
     void multiply(
-        const Quantised& x, const Int8Weight& weight, const float* of_low, int from, int to, int together,
-        const Put& put
+        const Quantised& x, const Int8Weight& weight, const float* of_low, int from, int columns, int together,
+        const To& to, const Put& put
     ) const {
         int8_multiply(
-            x.q, x.ranges, rows, from, weight, of_low, to, 0, (to + PANEL - 1) / PANEL, together, put
+            x.q, x.ranges, rows, from, weight, of_low, columns, 0, (columns + PANEL - 1) / PANEL, together, to, put
         );
+    }
+    template <class To>
+    void multiply(
+        const Quantised& x, const Int8Weight& weight, const float* of_low, int from, int columns, const To& to
+    ) const {
+        multiply(x, weight, of_low, from, columns, 1, to, by_registers(to));
     }
 
     // q, k, v [rows, inside]; inside: the width of all heads
@@ -122,11 +128,10 @@ struct Rows {
     ) const {
         read(x, layer.query, width, narrow);  // query, key and value have the same factors
         for (const auto& [weight, y] : {std::pair{&layer.query, q}, {&layer.key, k}, {&layer.value, v}})
-            multiply(narrow, *weight, weight->sums, width, inside, 1,
-                     [&, y = y](int row, int n, int column, int registers, float (*out)[ROWS][PANEL]) {
-                by_registers(row, n, column, registers, out, [y, inside](int row, int column, Floats z) {
-                    T::store(y + (int64_t)row * inside + column, z);
-                });
+            multiply(narrow, *weight, weight->sums, width, inside, [y = y, inside](int row, int column) {
+                return [to = y + (int64_t)row * inside + column, inside](int i, int j, Floats z) {
+                    T::store(to + (int64_t)i * inside + j * WIDTH, z);
+                };
             });
     }
 
@@ -136,12 +141,12 @@ struct Rows {
         const Quantised& of, Element* x, const Int8Weight& weight, const float* of_low, const Linear<Element>& norm,
         int from, const Int8Weight* next
     ) const {
-        multiply(of, weight, of_low, from, width, 1,
-                 [&](int row, int n, int column, int registers, float (*out)[ROWS][PANEL]) {
-            by_registers(row, n, column, registers, out, [x, sum = sum, width = width](int row, int column, Floats z) {
-                const int64_t at = (int64_t)row * width + column;
-                store(sum + at, z + T::load(x + at));
-            });
+        multiply(of, weight, of_low, from, width, [x, sum = sum, width = width](int row, int column) {
+            const int64_t at = (int64_t)row * width + column;
+            return [residual = x + at, to = sum + at, width](int i, int j, Floats z) {
+                const int64_t at = (int64_t)i * width + j * WIDTH;
+                store(to + at, z + T::load(residual + at));
+            };
         });
         for (int row = 0; row < rows; ++row) {
             float* of_row = sum + (int64_t)row * width;
@@ -176,7 +181,7 @@ struct Rows {
     void feed_up(const Int8Layer<Element>& layer) const {
         const int group = layer.down.group, groups = inner / group;
         for (int row = 0; row < rows; ++row) wide.ranges[row * (1 + groups)] = least_of(ACTIVATION);
-        multiply(narrow, layer.up, layer.up.sums, width, inner, group / PANEL,
+        multiply(narrow, layer.up, layer.up.sums, width, inner, group / PANEL, Nothing(),
                  [&](int row, int n, int column, int, float (*out)[ROWS][PANEL]) {
             activate_and_quantise<ACTIVATION>(
                 out, n, group / PANEL, layer.down.factors + column, wide.q + (int64_t)row * inner + column, inner,
@@ -192,12 +197,12 @@ struct Rows {
             activation == 1 ? feed_up<1>(layer) : activation == 2 ? feed_up<2>(layer) : feed_up<3>(layer);
             return add_norm(wide, x, layer.down, layer.down.raised, layer.last_norm, inner, nullptr);
         }
-        multiply(narrow, layer.up, layer.up.sums, width, inner, 1,
-                 [&](int row, int n, int column, int registers, float (*out)[ROWS][PANEL]) {
-            by_registers(row, n, column, registers, out, [up = up, inner = inner, activation = activation](
-                int row, int column, Floats z
-            ) { T::store(up + (int64_t)row * inner + column, activate_for_8_bits(z, activation)); });
-        });
+        multiply(narrow, layer.up, layer.up.sums, width, inner, 1, Nothing(),
+                 by_registers([up = up, inner = inner, activation = activation](int row, int column) {
+            return [=, to = up + (int64_t)row * inner + column](int i, int j, Floats z) {
+                T::store(to + (int64_t)i * inner + j * WIDTH, activate_for_8_bits(z, activation));
+            };
+        }));
         read(up, layer.down, inner, wide);
         add_norm(wide, x, layer.down, layer.down.sums, layer.last_norm, inner, nullptr);
     }

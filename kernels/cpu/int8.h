@@ -17,11 +17,14 @@
 
 #include <omp.h>
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace {
 
 constexpr int ROWS = BLOCK_ROWS, PANEL = BLOCK_REGISTERS * WIDTH, QUAD = 4;
+constexpr int SUMMED = 7 * ROWS;  // rows whose sums stay in the first-level cache
 constexpr int MOST_TOGETHER = 4;  // most panels in a group whose products are quantised as soon as they are complete
 constexpr float LEAST_EXTENT = 1e-30f;  // if max z - low of a group is less, all of its elements are quantised to 0
 
@@ -62,91 +65,105 @@ inline void quantise_row(const Z& z_of, uint8_t* q, float* range, int width, int
     }
 }
 
-// out [M, PANEL] = the product of M rows of q with one panel, with low times `of_low` and the bias. This is a separate
-// function because, inlined into its caller, the compiler kept the sums of this loop in memory.
-template <int M>
+// Calls put(i, j, before(i, j) + y) for M rows of q and each register of a panel; y: the products of one group. The rows'
+// steps are `range_stride` apart. This is a separate function because, inlined into its caller, the compiler kept the
+// sums of this loop in memory.
+template <int M, class Before, class Put>
 [[gnu::noinline, gnu::target("avx512vnni")]] void int8_tile(
-    const uint8_t* q, int64_t q_stride, const float* ranges, int64_t range_stride, const int8_t* panel, int groups,
-    int quads, const float* scales, const float* of_low, const float* bias, float (*out)[PANEL]
+    const uint8_t* q, int64_t q_stride, const float* steps, int64_t range_stride, const int8_t* panel, int quads,
+    const float* scales, Before before, Put put
 ) {
-#pragma GCC unroll 4
-    for (int j = 0; j < BLOCK_REGISTERS; ++j) {
-        const Floats a = load(of_low + j * WIDTH), b = load(bias + j * WIDTH);
+    __m512i sum[M][BLOCK_REGISTERS];
 #pragma GCC unroll 6
-        for (int i = 0; i < M; ++i) store(out[i] + j * WIDTH, fma(floats(ranges[i * range_stride]), a, b));
-    }
-    for (int group = 0; group < groups; ++group) {
-        ++ranges;
-        asm volatile("" ::: "memory");  // keeps `out` out of the registers, which the sums need
-        __m512i sum[M][BLOCK_REGISTERS];
-#pragma GCC unroll 6
-        for (int i = 0; i < M; ++i)
+    for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-            for (int j = 0; j < BLOCK_REGISTERS; ++j) sum[i][j] = _mm512_setzero_si512();
-        for (int quad = 0; quad < quads; ++quad, q += QUAD, panel += QUAD * PANEL) {
-            __m512i of_panel[BLOCK_REGISTERS];
+        for (int j = 0; j < BLOCK_REGISTERS; ++j) sum[i][j] = _mm512_setzero_si512();
+    for (int quad = 0; quad < quads; ++quad, q += QUAD, panel += QUAD * PANEL) {
+        __m512i of_panel[BLOCK_REGISTERS];
 #pragma GCC unroll 4
-            for (int j = 0; j < BLOCK_REGISTERS; ++j) of_panel[j] = _mm512_loadu_si512(panel + j * QUAD * WIDTH);
-#pragma GCC unroll 6
-            for (int i = 0; i < M; ++i) {
-                const __m512i of_row = (__m512i)as_ints(broadcast_lane(q + i * q_stride));
-#pragma GCC unroll 4
-                for (int j = 0; j < BLOCK_REGISTERS; ++j)
-                    sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], of_row, of_panel[j]);
-            }
-        }
-#pragma GCC unroll 6
-        for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-            for (int j = 0; j < BLOCK_REGISTERS; ++j) asm("" : "+v"(sum[i][j]));  // keeps the sums in registers
+        for (int j = 0; j < BLOCK_REGISTERS; ++j) of_panel[j] = _mm512_loadu_si512(panel + j * QUAD * WIDTH);
 #pragma GCC unroll 6
         for (int i = 0; i < M; ++i) {
-            const Floats of_row = floats(ranges[i * range_stride]);
+            const __m512i of_row = (__m512i)as_ints(broadcast_lane(q + i * q_stride));
 #pragma GCC unroll 4
-            for (int j = 0; j < BLOCK_REGISTERS; ++j) {
-                float* to = out[i] + j * WIDTH;
-                const Floats z = _mm512_cvtepi32_ps(sum[i][j]) * load(scales + j * WIDTH);
-                store(to, fma(z, of_row, load(to)));
-            }
+            for (int j = 0; j < BLOCK_REGISTERS; ++j) sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], of_row, of_panel[j]);
         }
-        scales += PANEL;
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < BLOCK_REGISTERS; ++j) asm("" : "+v"(sum[i][j]));  // keeps the sums in registers
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+        const Floats step = floats(steps[i * range_stride]);
+#pragma GCC unroll 4
+        for (int j = 0; j < BLOCK_REGISTERS; ++j) {
+            const Floats z = _mm512_cvtepi32_ps(sum[i][j]) * load(scales + j * WIDTH);
+            put(i, j, fma(z, step, before(i, j)));
+        }
     }
 }
 
+struct Nothing {};
+
 // Multiplies rows of q [rows, inner] with the panels `first` to `end`, `together` at a time (at most MOST_TOGETHER).
-// Calls put(row, n, column, registers, out) for the products of n rows from `row` on: out [together][ROWS][PANEL], of which
-// `registers` registers from `column` on are columns. of_low: what low is multiplied with.
-template <class Put>
+// of_low: what low is multiplied with. Full panels are passed to `to`, unless it is Nothing, and all others to `put`:
+//     to(row, column)(i, j, y)               y: register j, from `column` on, of row + i
+//     put(row, n, column, registers, out)    out [together][ROWS][PANEL]: n rows and `registers` registers from there on
+//
+// A panel's part for one group, 8 KiB for 128 elements, is read from the second-level cache once for SUMMED rows.
+template <class To, class Put>
 void int8_multiply(
     const uint8_t* q, const float* ranges, int rows, int inner, const Int8Weight& weight, const float* of_low,
-    int columns, int first, int end, int together, const Put& put
+    int columns, int first, int end, int together, const To& to, const Put& put
 ) {
-    const int groups = inner / weight.group, quads = weight.group / QUAD;
+    const int group = weight.group, groups = inner / group, quads = group / QUAD, range_stride = 1 + groups;
     const int64_t of_panel = (int64_t)PANEL * inner;
     for (int p = first; p < end; p += together) {
         const int column = p * PANEL, panels = std::min(together, end - p), last = p + panels;
         const int registers = (std::min(columns, last * PANEL) - column) / WIDTH;
+        const bool direct = !std::is_same_v<To, Nothing> && registers == BLOCK_REGISTERS;
         const int64_t next = of_panel * std::min(together, end - last);  // bytes to prefetch
-        for (int row = 0; row < rows; row += ROWS) {
-            const int n = std::min(ROWS, rows - row);
-            // a part of the next panels with each group of rows
-            for (int64_t at = next * row / rows / 64 * 64; at < next * (row + n) / rows; at += 64)
-                fetch(weight.panels + last * of_panel + at);
-            alignas(64) float out[MOST_TOGETHER][ROWS][PANEL];
-            for (int t = 0; t < panels; ++t) {
-                const int64_t at = (int64_t)(p + t) * PANEL;
-                switch (n) {
-#define OF_ROWS(M)                                                                                                 \
-    case M:                                                                                                        \
-        int8_tile<M>(q + (int64_t)row * inner, inner, ranges + (int64_t)row * (1 + groups), 1 + groups,            \
-                     weight.panels + (p + t) * of_panel, groups, quads, weight.scales + at * groups, of_low + at,  \
-                     weight.bias + at, out[t]);                                                                    \
+        const int64_t tiles = (int64_t)(rows + ROWS - 1) / ROWS * panels * groups;
+        int64_t tile = 0, fetched = 0;
+        for (int from = 0; from < rows; from += SUMMED) {
+            const int end_of_rows = std::min(from + SUMMED, rows);
+            alignas(64) float out[SUMMED / ROWS][MOST_TOGETHER][ROWS][PANEL];
+            for (int t = 0; t < panels; ++t)
+                for (int g = 0; g < groups; ++g)
+                    for (int row = from; row < end_of_rows; row += ROWS) {
+                        // a part of the next panels with each tile
+                        for (++tile; fetched < next * tile / tiles; fetched += 64)
+                            fetch(weight.panels + last * of_panel + fetched);
+                        const int64_t at = (int64_t)(p + t) * PANEL;
+                        const float* steps = ranges + (int64_t)row * range_stride + 1 + g;
+                        float (*sums)[PANEL] = out[(row - from) / ROWS][t];
+                        const auto from_low = [=, a = of_low + at, b = weight.bias + at](int i, int j) {
+                            return fma(floats(steps[i * range_stride - 1]), load(a + j * WIDTH), load(b + j * WIDTH));
+                        };
+                        const auto from_out = [=](int i, int j) { return load(sums[i] + j * WIDTH); };
+                        const auto to_out = [=](int i, int j, Floats z) { store(sums[i] + j * WIDTH, z); };
+                        const auto multiply = [&](auto before, auto put) {
+                            switch (std::min(ROWS, end_of_rows - row)) {
+#define OF_ROWS(M)                                                                                                     \
+    case M:                                                                                                            \
+        int8_tile<M>(q + (int64_t)row * inner + g * group, inner, steps, range_stride,                                 \
+                     weight.panels + at * inner + (int64_t)g * group * PANEL, quads,                                   \
+                     weight.scales + at * groups + g * PANEL, before, put);                                            \
         break;
-                    OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
+                                OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
 #undef OF_ROWS
-                }
-            }
-            put(row, n, column, registers, out);
+                            }
+                        };
+                        if constexpr (!std::is_same_v<To, Nothing>)
+                            if (direct && g == groups - 1) {
+                                g ? multiply(from_out, to(row, column)) : multiply(from_low, to(row, column));
+                                continue;
+                            }
+                        g ? multiply(from_out, to_out) : multiply(from_low, to_out);
+                    }
+            for (int row = from; row < end_of_rows && !direct; row += ROWS)
+                put(row, std::min(ROWS, end_of_rows - row), column, registers, out[(row - from) / ROWS]);
         }
     }
 }
