@@ -6,6 +6,7 @@ import pickle
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -212,6 +213,19 @@ def test_tuples():
         ours, plain, _ = three(build(family, "ForTokenClassification"))
         a, b = (m(**batch_of(plain, None), return_dict=False) for m in (ours, plain))
         assert [t.shape for t in a] == [t.shape for t in b]
+
+
+@pytest.mark.parametrize("asked", [None, 0, 1, np.False_])
+@pytest.mark.parametrize("by_config", [True, False])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert"])
+def test_return_dict_that_is_no_bool(family, by_config, asked):
+    """return_dict=0, or None where the config says False: most models of transformers return a tuple only for False
+    itself. Accelerated ones returned a tuple for whatever counts as false."""
+    ours, plain, _ = three(build(family, return_dict=by_config))
+    batch = batch_of(plain, None)
+    a, b = (m(**batch, return_dict=asked) for m in (ours, plain))
+    assert type(a) is type(b)
+    torch.testing.assert_close(a[0], b[0], atol=1e-4, rtol=1e-4)
 
 
 def test_resized_embeddings_are_used():

@@ -103,6 +103,10 @@ class EncoderForward(InspectedForward):
             return why
         if settings.attentions and given.get("output_attentions") is None:
             return "the config asks for output_attentions"
+        default = getattr(self.module.config, "return_dict", True)
+        returns = given.get("return_dict", default)
+        if not isinstance(returns, bool) and (returns is not None or default is not True):
+            return "return_dict is neither True nor False"  # models differ in what they return then
         asked = given.get("output_hidden_states")
         asked = settings.states if asked is None else asked
         if not isinstance(asked, (bool, type(None))) and not (isinstance(asked, list) and self.knows_single_states()):
