@@ -117,6 +117,32 @@ def test_a_shallow_copy_of_torchs_modules(kind):
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
 
 
+def another(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(5)
+    return nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True).eval()
+
+
+def a_copy(layer: nn.Module) -> nn.Module:
+    other = copy.copy(layer)
+    own_modules(other)
+    with torch.no_grad():
+        other.linear1.weight.mul_(2.0)
+    return other
+
+
+@pytest.mark.parametrize("made", [another, a_copy])
+def test_a_layer_in_place_of_one_of_torchs(made):
+    """A plain layer in place of one in an accelerated nn.TransformerEncoder raised an AttributeError."""
+    torch.manual_seed(0)
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True), 2).eval()
+    ours = fastbert.accelerate(copy.deepcopy(plain), impl="native")
+    x = torch.randn(2, 5, 32)
+    for model in (ours, plain):
+        model.layers[1] = made(model.layers[0])
+    torch.testing.assert_close(ours(x), plain(x), atol=1e-5, rtol=1e-4)
+    assert list(ours.forward.warned) == ["a layer is in place of an accelerated one"]
+
+
 class Louder(transformers.BertModel):
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)

@@ -209,7 +209,8 @@ class StackForward(TorchForward):
     why_left = staticmethod(why_not_stack)
 
     def inspect_parts(self) -> tuple:
-        return (next((f"a {w}" for layer in self.module.layers if (w := layer.forward.look().whole)), None),)
+        layers = [f for layer in self.module.layers if isinstance(f := forward_of(layer), TorchLayerForward)]
+        return (next((f"a {w}" for layer in layers if (w := layer.look().whole)), None),)
 
     def summary(self) -> str:
         if self.bare and self.padding == "auto":
