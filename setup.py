@@ -21,11 +21,11 @@ SANITIZE = SANITIZE if os.environ.get("FASTBERT_SANITIZE") == "1" else []
 
 
 class BuildOperators(build_ext):
-    """As setuptools builds, and also where what lies there is newer than the sources but was built of others."""
+    """Like setuptools, and rebuilds a library that is newer than the sources but was built from other sources."""
 
     def build_extension(self, ext: Extension) -> None:
         build = copy.copy(self)
-        # the libraries are of the same sources: each has its objects in a folder of its own
+        # the libraries have the same sources, so each gets its own folder for objects
         build.build_temp = str(Path(self.build_temp) / ext.name)
         built = Path(self.get_ext_fullpath(ext.name))
         if built.exists():

@@ -120,7 +120,7 @@ def _download(model_id: str, revision: str | None, patterns: tuple[str, ...]) ->
             f"cannot get {model_id!r}: there is no such folder here, the hub cannot be reached, "
             "and the model is not in the local cache"
         ) from error
-    except Exception as error:  # of whichever HTTP library this version of the hub's client stands on
+    except Exception as error:  # of the HTTP library that this version of the hub's client uses
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(f"cannot get {model_id!r} from the hub: {reason}") from error
 

@@ -210,7 +210,7 @@ class BertConfig:
 
     @classmethod
     def from_model(cls, model: Model, **changes: Any) -> BertConfig:
-        """Of a model in somebody else's format. Raises CheckpointError."""
+        """Of a model in another framework's format. Raises CheckpointError."""
         try:
             return cls.from_dict(model.config, **changes)
         except ValueError as error:

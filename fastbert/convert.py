@@ -50,8 +50,8 @@ def convert(
         activation: what "gelu" means in the source, "gelu" (by erf) or "gelu_new" (by tanh); None takes what the
             source's framework computes.
         lower_case: whether the tokenizer lower-cases, where the source does not say.
-        verify: also hold the weights' bytes against the source's checksums.
-        say: is told, line by line, what was used, what was skipped and why, and what was decided.
+        verify: also compare the weights' bytes with the source's checksums.
+        say: a function that gets lines of text: what was used, what was skipped and why, and what was decided.
 
     Raises: CheckpointError, in one line; nothing has been written then.
     """
@@ -105,7 +105,7 @@ def _words_of_tokenizer(source: Source) -> list[str]:
     model = read_json(path).get("model") or {}
     vocab = model.get("vocab")
     if model.get("type") != "WordPiece" or sorted(vocab.values()) != list(range(len(vocab))):
-        raise CheckpointError(f"{path} is no vocabulary of word pieces that a vocab.txt can hold")
+        raise CheckpointError(f"{path} is not a WordPiece vocabulary that a vocab.txt can hold")
     return sorted(vocab, key=vocab.__getitem__)
 
 
@@ -155,7 +155,7 @@ def listing(id_or_path: str | os.PathLike, *, activation: str | None = None) -> 
 
 
 def _verify(model: Model) -> str:
-    """Holds all that is used against its checksums; says what was done."""
+    """Compares all used variables with their checksums, and reports that."""
     used = [model.source.variables[name] for name in model.used]
     checked = [variable for variable in used if variable.verify is not None]
     for variable in checked:

@@ -1,4 +1,4 @@
-"""What `fastbert info` says: what is installed, what this machine has, and who would compute each operator here."""
+"""The content of `fastbert info`: versions, the machine, and the implementation of each operator on it."""
 
 from __future__ import annotations
 

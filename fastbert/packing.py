@@ -58,7 +58,7 @@ class PackedBatch:
     def __post_init__(self):
         if self.lengths is None and self.entries is None:
             return
-        if self.together is not None:  # a replaced batch: what is still the old one's, beside what is not
+        if self.together is not None:  # a batch made by `replace`: which tensors are still the old one's
             cu_seqlens, lengths, entries = self.together
             other = self.cu_seqlens is not cu_seqlens
             if other and self.lengths is lengths:
@@ -170,7 +170,7 @@ class PackedBatch:
 
     @property
     def first_tokens(self) -> Tensor:
-        """[B] int64 row of each sequence's first token. (Of an empty sequence: somebody else's, or T - 1.)"""
+        """[B] int64 row of each sequence's first token. (For an empty sequence: that of the next one, or T - 1.)"""
         return self.cu_seqlens[:-1].long().clamp(max=max(self.total_tokens - 1, 0))
 
     @property
@@ -217,7 +217,7 @@ class PackedBatch:
 
     def schedule(self, impl: F.Impl | None = None) -> Any:
         """What `attention` derives from the lengths, as its `schedule`."""
-        if torch.compiler.is_compiling():  # lengths that the host knows would be baked in
+        if torch.compiler.is_compiling():  # lengths known to the host would become constants of the graph
             return F.attention_schedule(self.cu_seqlens, self.total_tokens, impl)
         return F.attention_schedule(
             self.cu_seqlens, self.total_tokens, impl, lengths=self.lengths, entries=self.entries
@@ -239,7 +239,7 @@ class PackedBatch:
         return replace(self, **copies, together=None)  # type: ignore[arg-type]  # these fields hold tensors
 
     def _with_entries(self, device: torch.device) -> PackedBatch:
-        """With the entries of attention's list where kernels on `device` go by them."""
+        """With the entries of attention's list, if kernels on `device` use them."""
         if self.lengths is None or self.entries is not None:
             return self
         return replace(self, entries=F.attention_entries(self.lengths, device))
@@ -261,8 +261,8 @@ class PackedBatch:
         )
 
 
-# torch.export takes and returns what it can take apart. What a batch makes of its lengths for itself stays out, which
-# takes both lists: without field_names torch ignores drop_field_names.
+# torch.export passes the fields of a batch, except those that the batch derives from its lengths. To leave these out,
+# both lists are needed: without field_names torch ignores drop_field_names.
 _OF_ITS_OWN = ("entries", "together")
 register_dataclass(
     PackedBatch,

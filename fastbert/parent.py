@@ -1,4 +1,4 @@
-"""A process that works for another one ends with it, even where that one is killed and can end nobody."""
+"""Worker processes end with their parent, even if the parent is killed and cannot end them."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def write_atomically(path: str | os.PathLike, within: str | os.PathLike | None =
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError that says there is no room, and not for which file, gets the name of this one."""
+    """Adds this file's name to an OSError about a full disk that names no file."""
     try:
         yield
     except OSError as error:
@@ -76,9 +76,9 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def _locked_beside(path: Path) -> tuple[Path, int]:
-    """(a new temporary file beside `path`, the open descriptor that its lock lives as long as).
+    """(a new temporary file beside `path`, the open descriptor that holds its lock).
 
-    Temporary files of `path` that nobody holds a lock on are removed: their process was killed. Windows has no such
+    Temporary files of `path` without a lock are removed: their process was killed. Windows has no such
     locks; there they stay.
     """
     name = os.fsencode(path.name)
@@ -87,7 +87,7 @@ def _locked_beside(path: Path) -> tuple[Path, int]:
     if fcntl is not None:
         ours = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{8}}\.tmp{re.escape(path.suffix)}")
         for entry in [entry.path for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]:
-            with contextlib.suppress(OSError):  # somebody else's, or held
+            with contextlib.suppress(OSError):  # another user's file, or locked
                 left = os.open(entry, os.O_WRONLY)
                 try:
                     fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,7 +102,7 @@ def _locked_beside(path: Path) -> tuple[Path, int]:
             return temporary, lock
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if temporary.exists():  # else another writer took it for left behind, before the lock
+        if temporary.exists():  # otherwise another writer removed the file before it was locked
             return temporary, lock
         os.close(lock)
 

@@ -223,7 +223,7 @@ WITHOUT_GRADIENT = ("alibi_slopes", "rotary")
 
 
 def function_of(op: str) -> Callable:
-    """What an operator's name in `INPUTS` stands for."""
+    """The function of an operator's name in `INPUTS`."""
     return encoder_layer if op == "encoder_layer" else getattr(functional, op)
 
 

@@ -121,7 +121,7 @@ class Traits(NamedTuple):
 def _broadcast_strides(t: Tensor) -> tuple[int, ...]:
     """Strides of bias or mask [B, H, Sq, Sk]: a dimension of one is shared by all sequences or heads.
 
-    One column has the stride of many, since Triton compiles anew for a stride of one.
+    A single column gets the stride of several, since Triton compiles another kernel for a stride of one.
     """
     steps = [0 if n == 1 else step for n, step in zip(t.shape, t.stride(), strict=True)]
     return *steps[:3], 1 if t.shape[3] == 1 else steps[3]

@@ -128,9 +128,9 @@ def _fill_part(entries_ptr, first, end, BLOCK: tl.constexpr):
     """(-1, 0) into entries [first, end), shared among all programs."""
     for start in tl.range(first + tl.program_id(0) * BLOCK, end, tl.num_programs(0) * BLOCK):
         places = start + tl.arange(0, BLOCK)
-        nobody = tl.full((BLOCK,), -1, tl.int32)
-        tl.store(entries_ptr + 2 * places, nobody, mask=places < end)
-        tl.store(entries_ptr + 2 * places + 1, nobody + 1, mask=places < end)
+        empty = tl.full((BLOCK,), -1, tl.int32)
+        tl.store(entries_ptr + 2 * places, empty, mask=places < end)
+        tl.store(entries_ptr + 2 * places + 1, empty + 1, mask=places < end)
 
 
 @triton.jit(do_not_specialize=["n_sequences", "n_long", "n_medium", "n_short", "width_tiles"])

@@ -52,7 +52,7 @@ def test_the_message_names_the_tensor():
         torch.zeros(2, 32, dtype=torch.float32, device="cpu"),
         torch.zeros(16, 32, dtype=torch.float32, device="meta"),
     )
-    with pytest.raises(ValueError, match="linear: all tensors must lie on one device, but weight is on meta, not cpu"):
+    with pytest.raises(ValueError, match="linear: all tensors must be on one device, but weight is on meta, not cpu"):
         F.linear(x, weight)
 
 

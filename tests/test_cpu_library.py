@@ -109,7 +109,7 @@ def test_a_library_of_other_sources_is_refused(change, tmp_path, monkeypatch):
         (tmp_path / "loss.cpp").unlink()
     else:
         monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-ffast-math"))
-    with pytest.raises(library.UnusableLibrary, match=r"version's sources; build it anew: python setup\.py"):
+    with pytest.raises(library.UnusableLibrary, match=r"version's sources; rebuild it: python setup\.py"):
         library.open_library(path)
 
 
@@ -141,7 +141,7 @@ def test_a_refused_library_gives_a_warning_and_torch_computes(tmp_path, monkeypa
     path = copied(tmp_path)
     (tmp_path / "new.cpp").touch()
     monkeypatch.setattr(library, "find", lambda folder, instructions: path)
-    with pytest.warns(RuntimeWarning, match="computes without its C\\+\\+ operators: .* build it anew"):
+    with pytest.warns(RuntimeWarning, match="computes without its C\\+\\+ operators: .* rebuild it"):
         found, reason = cpp._open.__wrapped__(HERE)
     assert found is None
     assert "another version's sources" in reason

@@ -100,10 +100,10 @@ def test_a_sequence_without_tokens_is_left_to_torch():
 
 NUMBERS = torch.where(RIGHT, -2.0, 0.0)
 OF_FAST_PATH = {
-    "numbers": ({"mask": SLOPE}, "takes a mask of numbers for one of bools"),
-    "numbers_of_each_head": ({"mask": SLOPE.expand(6, WIDTH, WIDTH).clone()}, "takes a mask of numbers"),
-    "numbers_beside_padding": ({"mask": SLOPE, "src_key_padding_mask": RIGHT}, "takes a mask of numbers"),
-    "padding_in_numbers": ({"src_key_padding_mask": NUMBERS}, "takes a mask of numbers for one of bools"),
+    "numbers": ({"mask": SLOPE}, "treats a mask of numbers as one of bools"),
+    "numbers_of_each_head": ({"mask": SLOPE.expand(6, WIDTH, WIDTH).clone()}, "treats a mask of numbers"),
+    "numbers_beside_padding": ({"mask": SLOPE, "src_key_padding_mask": RIGHT}, "treats a mask of numbers"),
+    "padding_in_numbers": ({"src_key_padding_mask": NUMBERS}, "treats a mask of numbers as one of bools"),
 }
 
 
@@ -217,7 +217,7 @@ def test_an_activation_that_torch_takes_for_another_is_left_to_torch(change):
         assert not torch.allclose(plain(x), with_gradients, atol=1e-5), "torch computes one function: remove this rule"
         assert torch.equal(ours(x), plain(x))
     assert torch.equal(ours(x), with_gradients)
-    assert "fast path takes its activation for" in str(fastbert.explain(ours))
+    assert "fast path treats its activation as" in str(fastbert.explain(ours))
 
 
 @pytest.mark.filterwarnings("ignore:.*so fastbert leaves")

@@ -198,4 +198,4 @@ def test_texts_encoded_by_siglip_stay_in_their_batches(sentence_model):
         warnings.simplefilter("ignore")
         got = model.encode(TEXTS)
     assert abs(got - before).max() <= 1e-5 * abs(before).max()
-    assert "takes the last column" in fastbert.explain(model).left["encode"]
+    assert "reads the last column" in fastbert.explain(model).left["encode"]

@@ -205,7 +205,7 @@ def test_unavailable_layers_are_refused(bert):
         encoder_of(bert, layer=1, layers=[1, 2])
     with pytest.raises(ValueError, match="words must be None, 'first' or 'mean', got 'last'"):
         encoder.encode_tokens(TEXTS, words="last")
-    with pytest.raises(ValueError, match="special tokens are of no word"):
+    with pytest.raises(ValueError, match="special tokens belong to no word"):
         encoder.encode_tokens(TEXTS, words="mean", special_tokens=True)
 
 

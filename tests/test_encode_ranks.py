@@ -121,7 +121,7 @@ def test_a_vanished_rank_is_noticed(folder, tmp_path):
     finally:
         first.kill()
     assert first.returncode == 1
-    assert "fastbert: error: rank 0: lost touch with another rank" in said
+    assert "fastbert: error: rank 0: lost the connection to another rank" in said
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 

@@ -88,7 +88,7 @@ def test_lines_come_in_their_order(tmp_path, folder, options, capsysbinary, monk
     [
         (["a [MASK]", "a b"], [], "line 2: there is no [MASK] in the text"),
         (["a [mask]"], [], "line 1: there is no [MASK]"),
-        (["[MASK] " + "a " * 20 + "[MASK] [MASK]"], [], "line 1: 2 of 3 [MASK] lie past the model's 12 tokens"),
+        (["[MASK] " + "a " * 20 + "[MASK] [MASK]"], [], "line 1: 2 of 3 [MASK] are past the model's 12 tokens"),
         (["a [MASK]"], ["--top-k", "99"], "top_k must be from 1 to 32, the vocabulary, got 99"),
         (["a [MASK]"], ["--top-k", "0"], "expected a whole number from 1 up"),
     ],

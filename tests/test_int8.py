@@ -367,13 +367,13 @@ def test_similarities_keep_their_order(shared):
 def test_refused_without_hardware_support(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(eight_bits, "why_not", lambda: "this CPU (x86_64) has neither VNNI nor AMX")
     with pytest.raises(
-        ValueError, match=r"dtype int8 cannot be had here: this CPU \(x86_64\) has neither VNNI nor AMX"
+        ValueError, match=r"dtype int8 is not available here: this CPU \(x86_64\) has neither VNNI nor AMX"
     ):
         Encoder.from_pretrained(folder, dtype="int8", **OPTIONS)
     (tmp_path / "texts").write_text("a b\n")
     words = ["encode", tmp_path / "texts", "-o", tmp_path / "out.npy", "--model", folder, "--dtype", "int8"]
     assert main([*map(str, words), "--impl", "native"]) == 1
-    assert capsys.readouterr().err.startswith("fastbert: error: dtype int8 cannot be had here: this CPU")
+    assert capsys.readouterr().err.startswith("fastbert: error: dtype int8 is not available here: this CPU")
     assert not (tmp_path / "out.npy").exists()
 
 

@@ -425,7 +425,7 @@ WRONG = {
     "all_layers": (["--layers", "0,1,2"], "all 3 layers would be gone"),
     "layers_without_heads": (["--heads", "0:0,1,2,3", "--layers", "1,2"], "none of the remaining layers has head"),
     "no_data": (["--heads", "0.5"], "needs --data with examples"),
-    "too_few_heads": (["--heads", "0.01", "--data", "DATA"], "a share of 0.01 of 12 heads is none"),
+    "too_few_heads": (["--heads", "0.01", "--data", "DATA"], "a share of 0.01 of 12 heads rounds to none"),
     "too_many_columns": (["--ffn", "0.99", "--data", "DATA"], "a share of 0.99 of 96 feed-forward columns leaves 0"),
     "another_task": (["--heads", "0.5", "--data", "OTHER"], "column"),
     "unknown_label": (["--heads", "0.5", "--data", "LABELS"], "never"),

@@ -245,7 +245,7 @@ def test_a_router_that_contains_itself_is_refused(bert, tmp_path):
     router = json.loads(file.read_text())
     router |= {"types": {".": "sentence_transformers.models.Router"}, "structure": {"text": ["."]}}
     file.write_text(json.dumps(router))
-    with pytest.raises(CheckpointError, match="a module lies in the Router's own folder"):
+    with pytest.raises(CheckpointError, match="a module's path is the Router's own folder"):
         Encoder.from_pretrained(folder)
 
 
@@ -386,7 +386,7 @@ def test_what_the_caller_wants_otherwise(bert, tmp_path, saved):
     longer = load(saved, normalize=False).encode(TEXTS)
     torch.testing.assert_close(torch.nn.functional.normalize(longer, dim=1), raw, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(longer, raw, atol=1e-2)
-    with pytest.raises(ValueError, match=r"pooling 'cls' cannot stand in place of .* Pooling, Dense, Normalize"):
+    with pytest.raises(ValueError, match=r"pooling 'cls' cannot replace .* Pooling, Dense, Normalize"):
         load(saved, pooling="cls")
     simple = save(tmp_path / "simple", transformer(bert), st.Pooling(WIDTH), st.Normalize())
     encoder = load(simple, pooling="lasttoken")

@@ -259,7 +259,7 @@ def test_settings_from_flags_and_the_environment(tmp_path):
         Settings.read({}, {"PORT": "x"})
     with pytest.raises(ValueError, match="port must be from 1 to 65535, got 65536"):
         Settings.read({"port": 65_536}, {})
-    with pytest.raises(ValueError, match="prometheus_port must be another one than port, which is 8080"):
+    with pytest.raises(ValueError, match="prometheus_port must differ from port, which is 8080"):
         Settings.read({"prometheus_port": 8080}, {})
 
 

@@ -144,7 +144,7 @@ def test_training_follows_the_names_of_labels(tokenizer):
 
 
 def test_labels_with_the_same_name_are_refused():
-    with pytest.raises(DataError, match="two labels have one name: a, A"):
+    with pytest.raises(DataError, match="two labels have the same name: a, A"):
         classes_of(texts("a", "b"), ("a", "A"), None)
 
 

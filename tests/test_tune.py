@@ -267,7 +267,7 @@ def test_a_compiler_that_dies_affects_one_config(monkeypatch, deadly):
     kernel = KERNELS["pool_rows"]
     shape = shape_of(kernel)
     facts = tune_search.Compiler(4)(kernel, [LADDER], shape)[LADDER]()
-    assert facts["failures"] == (["the compiler dies of it"] if deadly else [])
+    assert facts["failures"] == (["the compiler crashes"] if deadly else [])
 
 
 # ---- the command -----------------------------------------------------------------------------------------

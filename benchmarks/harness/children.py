@@ -149,7 +149,7 @@ def _listen(child: subprocess.Popen, job: dict[str, Any], began: float, log: Any
     timer.start()
     with child, log:
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended: what it said tells why
+            with contextlib.suppress(BrokenPipeError):  # it has ended: its output has the reason
                 child.stdin.write(json.dumps(job) + "\n")
                 child.stdin.close()
             for line in child.stdout:

@@ -56,7 +56,7 @@ class Turns:
 
 
 def pipes() -> tuple[tuple[int, int], tuple[int, int]]:
-    """(read, write) for each of two processes, to be handed over by `pass_fds`, and closed here then."""
+    """(read, write) for each of two processes, to be passed by `pass_fds` and then closed here."""
     read_of_second, write_of_first = os.pipe()
     read_of_first, write_of_second = os.pipe()
     return (read_of_first, write_of_first), (read_of_second, write_of_second)

@@ -60,7 +60,7 @@ def compiled(name: str, config: Config, shape: Shape) -> dict[str, Any] | None:
 
 DIED = {
     "registers": 0, "spills": 0, "shared": 0, "ctas_per_sm": 0,
-    "error": "the compiler died", "failures": ["the compiler dies of it"],
+    "error": "the compiler died", "failures": ["the compiler crashes"],
 }  # fmt: skip
 Facts = dict[str, Any] | None
 
@@ -285,7 +285,7 @@ class Sweep:
             ratio = rows[best]["ratio_to_ours"]
             beside = "the ladder's has no time" if ratio is None else f"{interval(ratio)} of the ladder's time"
             return [f"{where} {beside}, which is {written(self.current)}", *self._rung(best)]
-        return [f"{where} {written(self.current)} stands: none of {tried} others ran"]
+        return [f"{where} {written(self.current)} is kept: none of {tried} others ran"]
 
     def _rung(self, config: Config) -> list[str]:
         return self.kernel.rung(config, self.shape).splitlines()

@@ -144,11 +144,11 @@ def _print(record: dict[str, Any], out: Path) -> None:
         print(f"{before[what]:,}{unit or ' ' + what} -> {after[what]:,}{unit or ' ' + what} ({share:.0%})")
     print(f"heads of the layers: {', '.join(map(str, record['heads of layers']))}")
     if record["heads"]:
-        print(f"heads that went: {record['heads']}")
+        print(f"removed heads: {record['heads']}")
     if record["feed-forward columns"]:
         print("feed-forward columns: {} -> {}".format(*record["feed-forward columns"]))
     if record["layers"]:
-        print(f"layers that went: {', '.join(map(str, record['layers']))}")
+        print(f"removed layers: {', '.join(map(str, record['layers']))}")
     if "share of zeros" in record:
         print(f"zeros among the layers' weights: {record['share of zeros']:.1%}")
     for note in record["notes"]:

@@ -78,7 +78,7 @@ def least_heads(importance: Sequence[Tensor], share: float, config: BertConfig) 
     named = [(layer, head) for layer, numbers in left.items() for head in numbers]
     count = round(share * len(named))
     if count == 0:
-        raise ValueError(f"a share of {share} of {len(named)} heads is none")
+        raise ValueError(f"a share of {share} of {len(named)} heads rounds to none")
     order = torch.argsort(torch.cat(list(importance)), stable=True)[:count].tolist()
     heads: Heads = {}
     for layer, head in sorted(named[place] for place in order):

@@ -106,7 +106,7 @@ def chosen(request: Request, model: Model) -> tuple[Heads, list[Tensor]]:
     if not isinstance(request.heads, float) and request.ffn is None:
         return named, []
     if request.data is None:
-        raise DataError("a share of the heads or columns goes by their importance, and needs --data with examples")
+        raise DataError("a share of the heads or columns is chosen by importance, which needs --data with examples")
     of_heads, of_columns = importances(request, model)
     heads = least_heads(of_heads, request.heads, model.config) if isinstance(request.heads, float) else named
     return heads, [] if request.ffn is None else most_important(of_columns, request.ffn)

@@ -4,7 +4,7 @@ Head h has the rows hD to hD + D of query, key and value, and the same columns o
 
     without heads     query, key, value lose rows (and biases elements), attention.output.dense loses columns
     without columns   intermediate.dense loses rows (and its bias elements), output.dense loses columns
-    without layers    the remaining layers are numbered anew, in order
+    without layers    the remaining layers get new numbers, in order
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def without_layers(config: BertConfig, state: State, layers: Sequence[int]) -> t
 
 
 def of_layers(state: State, layers: Sequence[int]) -> State:
-    """The state with only these layers, numbered anew in this order. A layer may be repeated."""
+    """The state with only these layers, renumbered in this order. A layer may be repeated."""
     found = {}
     for name, t in state.items():
         match = _LAYER.fullmatch(name)

@@ -85,7 +85,7 @@ def _config(given: str, teacher: BertConfig) -> BertConfig:
     data = teacher.to_dict()
     if given.isdecimal():
         if int(given) == 0:
-            raise InputError("--student 0: a student has a layer at least")
+            raise InputError("--student 0: a student needs at least one layer")
         data |= {"num_hidden_layers": int(given), "pruned_heads": None}
         return BertConfig.from_dict(data)
     if given.endswith(".json"):
@@ -102,8 +102,7 @@ def _config(given: str, teacher: BertConfig) -> BertConfig:
 def _expect_words(given: str, words: int, teacher: BertConfig) -> None:
     if words != teacher.vocab_size:
         raise InputError(
-            f"{given} has a vocabulary of {words:,}, the teacher one of {teacher.vocab_size:,}: a student has its "
-            "teacher's"
+            f"{given} has a vocabulary of {words:,}, the teacher one of {teacher.vocab_size:,}: both must be equal"
         )
 
 

@@ -34,7 +34,9 @@ def why_every_call(encoder: nn.Module, facts: table.Family, layers: dict[str, nn
         and facts.position is not None
         and getattr(getattr(encoder, "embeddings", None), "padding_idx", None) is not None
     ):
-        return "its embeddings count positions from padding_idx, where the table of known models has columns"
+        return (
+            "its embeddings count positions from padding_idx, and its row in the table of known models counts columns"
+        )
     for path, names in facts.modules.items():
         if why := why_not_original(at(encoder, path), names, TRANSFORMERS):
             return why

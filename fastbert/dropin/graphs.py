@@ -56,7 +56,7 @@ class GraphedEncoderForward(EncoderForward):
         if batch is not None:
             reason = graphs.why_not(given["input_ids"].device, batch.total_tokens)
         elif reason is None:
-            reason = "padding is read, or lies where the packed path keeps it"
+            reason = "padding is read, or is computed in the packed path too"
         if reason is not None:
             graphs.calls[reason] += 1
             return None

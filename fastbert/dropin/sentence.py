@@ -136,7 +136,7 @@ def why_left(model: nn.Module, kind: str) -> str | None:
     if not inside:
         return "its transformer was left alone"
     if any(forward.facts.pooled == "last" for forward in inside):
-        return "it takes the last column, and other batches end elsewhere"
+        return "it reads the last column, which is another token in another batch"
     return None
 
 
@@ -319,7 +319,7 @@ def _merged(batches: list[list[int]], outputs: dict[int, dict[str, Tensor]], len
         parts = [outputs[batch[0]][name] for batch in batches]
         for part, batch in zip(parts, batches, strict=True):
             if not isinstance(part, Tensor) or len(part) != len(batch):
-                raise CannotPack(f"{name} is not one row a text")
+                raise CannotPack(f"{name} does not have one row for each text")
         if name == "token_embeddings":
             found = dict(zip(order, (row for part in parts for row in part), strict=True))
             merged[name] = [found[n] for n in range(len(order))]  # the library cuts each one by its mask

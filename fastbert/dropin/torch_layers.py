@@ -32,7 +32,7 @@ def why_not_attention(module: nn.MultiheadAttention) -> str | None:
     if why := why_not_original(module, ("MultiheadAttention",), TORCH_NN):
         return why
     if is_parametrized(module) or is_parametrized(module.out_proj):
-        return "its weights are computed anew each time that they are read"  # such as by a step of spectral norm
+        return "its weights are computed again each time they are read"  # such as by a step of spectral norm
     if module.bias_k is not None or module.add_zero_attn:
         return "add_bias_kv and add_zero_attn are not among the fused operators' options"
     if not all(usable(p) for p in module.parameters()):
@@ -51,7 +51,7 @@ def why_not_layer(layer: nn.Module) -> str | None:
     # Without gradients torch computes ReLU or GELU, as __init__ noted by the class of the activation that it was given.
     known = {1: "relu", 2: "gelu"}.get(getattr(layer, "activation_relu_or_gelu", 0))
     if known is not None and activation_name(layer.activation) != known:
-        return f"torch's fast path takes its activation for {known}"
+        return f"torch's fast path treats its activation as {known}"
     dropouts = (why_not_dropout(getattr(layer, name)) for name in DROPOUTS)
     return next((why for why in dropouts if why), None)
 
@@ -317,11 +317,11 @@ def takes_fast_path(modules: Iterable[nn.Module], *inputs: Tensor) -> bool:
 
 
 def why_not_numbers(*masks: Tensor | None) -> str | None:
-    """torch's path without gradients takes every number but 0 for a token that is not seen, its other path adds it."""
+    """torch's path without gradients treats every number but 0 as a masked token; its other path adds the number."""
     floats = (mask for mask in masks if mask is not None and mask.dtype != torch.bool)
     if all(((mask == 0) | (mask == float("-inf"))).all() for mask in floats):
         return None
-    return "torch's path without gradients takes a mask of numbers for one of bools"
+    return "torch's path without gradients treats a mask of numbers as one of bools"
 
 
 def why_not_masks(given: dict, layers: Sequence[nn.Module]) -> str | None:

@@ -184,8 +184,8 @@ class Shadow:
             if old & ((1 << CODES) - 1) == MBARRIER:
                 raise BarrierMisuse(f"{what}, which holds an mbarrier")
             if did == "read":
-                raise MissingWait(f"{what} while an asynchronous unit may still read it: nobody waited for that")
-            raise MissingWait(f"{what}, to which {self._name(old)} started a copy that nobody waited for")
+                raise MissingWait(f"{what} while an asynchronous unit may still read it: a wait is missing")
+            raise MissingWait(f"{what}, to which {self._name(old)} started a copy, without a wait for it")
         raise SharedRace(f"{what}, which {self._name(old)} {did} with no barrier between ({count} such accesses)")
 
     def _never_written(self, index, never) -> None:

@@ -99,12 +99,12 @@ class TensorMemory:
     def free(self, S: State, address, columns: int, mask) -> None:
         programs, thread = self._one_warp(S, mask, "tcgen05.dealloc")
         if any(product.pending[programs[product.programs]].any() for product in self._products):
-            raise MissingWait("tensor memory is given back while a product that nobody waited for may still write it")
+            raise MissingWait("tensor memory is freed while a product may still write it: a wait is missing")
         if any(load.pending[programs].any() for load in self._loads):
-            raise MissingWait("tensor memory is given back while a tcgen05.ld that nobody waited for may still read it")
+            raise MissingWait("tensor memory is freed while a tcgen05.ld may still read it: a wait is missing")
         base = S.full(address)[np.arange(S.count), thread].astype(i64)
         if (base + columns != self._columns)[programs].any():
-            raise TensorMemoryMisuse(f"{columns} columns of tensor memory are given back that were not allocated so")
+            raise TensorMemoryMisuse(f"{columns} columns of tensor memory are freed, which are not the last allocated")
         self._columns[programs] -= columns
 
     def expect_none(self) -> None:
@@ -112,7 +112,7 @@ class TensorMemory:
         if self._stores or any(product.pending.any() for product in self._products):
             raise MissingWait("a program ends before it has waited for its tensor memory")
         if self._columns.any():
-            raise TensorMemoryMisuse("a program ends before it has given its tensor memory back")
+            raise TensorMemoryMisuse("a program ends before it has freed its tensor memory")
 
     @staticmethod
     def _one_warp(S: State, mask, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -204,7 +204,7 @@ class TensorMemory:
             )
         if wrong.any():
             thread = int(np.argwhere(wrong)[0, 1])
-            raise InvalidOperand(f"{what}: thread {thread} reaches for a lane of another warp")
+            raise InvalidOperand(f"{what}: thread {thread} accesses a lane of another warp")
         return lane, column, active
 
     def _bytes(self, S: State, lane: np.ndarray, column: np.ndarray) -> np.ndarray:

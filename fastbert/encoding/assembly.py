@@ -57,14 +57,14 @@ def modules_of(
     if pooling is not None:
         kinds = kinds_of(modules)
         if kinds[:1] != ["Pooling"] or kinds[1:] not in ([], ["Normalize"]) or output != LAST_STATE:
-            raise ValueError(f"pooling {pooling!r} cannot stand in place of the model's modules {', '.join(kinds)}")
+            raise ValueError(f"pooling {pooling!r} cannot replace the model's modules {', '.join(kinds)}")
         include_prompt = modules[0].include_prompt
         modules, output = plain_modules(pooling, len(kinds) > 1)
         for own in parts_of(modules, Pooling):
             own.include_prompt = include_prompt
     if normalize is False and is_normalised(modules):
         if not isinstance(modules[-1], Normalize):
-            raise ValueError("normalize=False is not to be had: the routes of the model's Router end in Normalize")
+            raise ValueError("normalize=False is not possible: the routes of the model's Router end in Normalize")
         modules.pop()
     truncate_dim = sentence.truncate_dim if truncate_dim is None else truncate_dim
     if truncate_dim is not None:

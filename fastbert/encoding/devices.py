@@ -48,7 +48,7 @@ def expect_int8(device: torch.device, impl: F.Impl | None) -> None:
     elif F.choose_impl(impl, device) != "native":
         reason = f'impl "{F.choose_impl(impl, device)}" has no 8-bit products, "native" has'
     if reason is not None:
-        raise ValueError(f"dtype int8 cannot be had here: {reason}")
+        raise ValueError(f"dtype int8 is not available here: {reason}")
 
 
 def describe_operators(device: torch.device, impl: F.Impl | None = None) -> dict[str, tuple[str, str]]:

@@ -99,7 +99,7 @@ class MaskFiller:
         if not given:
             raise MaskError(row, f"there is no {mask} in the text")
         if kept < given:
-            raise MaskError(row, f"{given - kept} of {given} {mask} lie past the model's {self.max_length} tokens")
+            raise MaskError(row, f"{given - kept} of {given} {mask} are past the model's {self.max_length} tokens")
 
     @torch.no_grad()
     def probabilities(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:

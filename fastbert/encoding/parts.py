@@ -49,7 +49,7 @@ class Wanted:
         if self.words not in (None, *WORD_VECTORS):
             raise ValueError(f"words must be None, {' or '.join(map(repr, WORD_VECTORS))}, got {self.words!r}")
         if self.words is not None and self.special_tokens:
-            raise ValueError("special tokens are of no word: they come with tokens")
+            raise ValueError("special tokens belong to no word: leave out words or special_tokens")
 
     def of(self, text: str, encoding: Encoding, prompt: int, states: Tensor) -> Parts:
         """The parts of a text.

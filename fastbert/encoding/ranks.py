@@ -131,4 +131,4 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            raise RuntimeError("lost touch with another rank, which ended first or is out of reach") from error
+            raise RuntimeError("lost the connection to another rank, which has ended or cannot be reached") from error

@@ -1,4 +1,4 @@
-"""Rows that an engine hands over, with their vectors: what the maps of Ray and Spark call.
+"""Vectors of rows that pass through an engine: the functions that maps of Ray and Spark call.
 
 For those whose data must pass through the engine; `fastbert.corpus` reads and writes files itself.
 """

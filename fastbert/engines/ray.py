@@ -20,7 +20,7 @@ from ..corpus.units import Unit, largest_first, plan
 
 
 class UnitQueue:
-    """An actor that gives each unit to whoever asks next."""
+    """An actor that gives each unit to the next worker that asks."""
 
     def __init__(self, units: Sequence[Unit]):
         self.units = iter(units)

@@ -146,7 +146,7 @@ def _of_pretraining(family: Family) -> Family:
             ("next_sentence..pooler_dense", "bert.pooler.dense", LINEAR),
             ("model/classification_heads/0/out_proj", "cls.seq_relationship", LINEAR),
         ),
-        not_weights=((rf"(^|/){pooler}/", "a pooler that was not trained; the next sentence's stands for it"),),
+        not_weights=((rf"(^|/){pooler}/", "a pooler that was not trained; the next sentence's pooler replaces it"),),
     )
 
 
@@ -283,7 +283,7 @@ KERAS_HUB = Family(
     differs=((
         "cls.predictions.",
         "Its head of masked words computes gelu by erf, and a LayerNorm with the epsilon 1e-5; transformers' computes "
-        "both as the encoder does, so the scores of words will be a little others.",
+        "both as the encoder does, so the scores of words will differ slightly.",
     ),),
 )  # fmt: skip
 

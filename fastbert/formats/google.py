@@ -37,7 +37,7 @@ def write_google(model: Model, folder: Path, words: list[str]) -> list[str]:
         raise CheckpointError(f"{path} has layer_norm_eps {config['layer_norm_eps']}, and Google's code always 1e-12")
     notes = []
     if config["hidden_act"] == "gelu":
-        notes.append("Google's code computes gelu by tanh, and this model by erf: its values will be a little others.")
+        notes.append("Google's code computes gelu by tanh, and this model by erf: its values will differ slightly.")
     elif config["hidden_act"] not in ("gelu_new", "gelu_pytorch_tanh", "relu"):
         raise CheckpointError(f"{path} has hidden_act {config['hidden_act']!r}, which Google's code does not have")
     theirs = {key: config[key] for key in _CONFIG_KEYS}

@@ -98,7 +98,7 @@ def take_out(state: dict[str, Tensor], source: object) -> tuple[dict[str, Tensor
 
 
 def put_in(state: dict[str, Tensor], layer: str, integers: Integers) -> None:
-    """The weight of a layer as it lies in a file, in place of a float one."""
+    """The weight of a layer as it is stored in a file, instead of a float one."""
     state[layer + WEIGHT], state[layer + SCALE] = integers.integers, integers.scales
     if integers.factors is not None:
         state[layer + FACTORS] = integers.factors.clone()  # several layers share them, and a file would have one

@@ -180,7 +180,7 @@ def _activation(source: Source, said: str, wanted: str | None, notes: list[str])
     """hidden_act of the config.json."""
     if said != "gelu":
         if wanted is not None and wanted != said:
-            raise CheckpointError(f"its config says hidden_act {said!r}, which is not a gelu of two kinds")
+            raise CheckpointError(f"its config says hidden_act {said!r}, which is neither gelu nor gelu_new")
         return said
     act = source.activation if wanted is None else wanted
     why = f"which is the default for {source.title}" if wanted is None else "as asked for"

@@ -185,7 +185,7 @@ def assign(family: Family, variables: dict[str, Variable]) -> Named:
         ours = rule.ours.format(**match.groupdict())
         if ours in named.tensors:
             first = next(other for other, target in named.used.items() if target == ours)
-            raise CheckpointError(f"both {first} and {name} are {ours}")
+            raise CheckpointError(f"both {first} and {name} become {ours}")
         if rule.turn.applies(theirs.shape):
             named.heads.add(theirs.shape[rule.turn.heads])
         named.tensors[ours] = rule.turn.variable(ours, theirs)
@@ -221,7 +221,7 @@ def assign_plain(model_type: str, variables: dict[str, Variable]) -> Named:
         if alone and ours.startswith(("embeddings.", "encoder.", "pooler.", "embeddings_project.")):
             ours = prefix + ours
         if ours in named.tensors:
-            raise CheckpointError(f"{name} is {ours}, which is there already")
+            raise CheckpointError(f"{name} becomes {ours}, which already exists")
         named.tensors[ours] = Turn().variable(ours, theirs)
         named.used[name] = ours
     return named

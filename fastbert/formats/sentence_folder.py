@@ -98,7 +98,7 @@ class Routes:
             raise CheckpointError(f"{file} must have types, the class of each module by its folder")
         paths = {name: router.path / path_inside(inside, name, file) for name in types}
         if any(os.path.normpath(path) == os.path.normpath(router.path) for path in paths.values()):
-            raise CheckpointError(f"{file}: a module lies in the Router's own folder, which has no end")
+            raise CheckpointError(f"{file}: a module's path is the Router's own folder, so reading it would never end")
         modules = {name: Listed(kind_of_type(of, file), paths[name]) for name, of in types.items()}
         if not (structure and isinstance(structure, dict)) or not all(
             isinstance(names, list) and all(isinstance(name, str) and name in modules for name in names)

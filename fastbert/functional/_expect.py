@@ -10,7 +10,7 @@ def expect_one_device(op: str, **tensors: Tensor | None) -> None:
     device = next(iter(tensors.values())).device
     for name, t in tensors.items():
         if t is not None and t.device != device:
-            raise ValueError(f"{op}: all tensors must lie on one device, but {name} is on {t.device}, not {device}")
+            raise ValueError(f"{op}: all tensors must be on one device, but {name} is on {t.device}, not {device}")
 
 
 def expect_cu_seqlens(op: str, cu_seqlens: Tensor) -> None:

@@ -33,7 +33,7 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, factors: Tensor | None = None, packed: int8.Int8Weight | None = None):
-        """packed: in place of what is made of the layer's weight and bias."""
+        """packed: the integers to use; by default those of the layer's weight and bias."""
         super().__init__()
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
         self.has_bias = linear.bias is not None

@@ -1,7 +1,7 @@
 """Linear layers trained for weights in 8 bits (quantisation-aware training, Jacob et al., arXiv:1712.05877): they
 multiply as inference will, by the very operator, and their gradients are those of the product without its rounding.
 
-    forward     y = Int8Weight(W, b, factors).linear(x)     the integers made anew from W where it has changed
+    forward     y = Int8Weight(W, b, factors).linear(x)     the integers made again from W if W has changed
     backward    dx = dy W',  dW = dy^T x,  db = sum of dy    W' what the integers say W is
 """
 

@@ -32,16 +32,16 @@ _KNOWN_HEADS = re.compile(r"cls\.|classifier\.|qa_outputs\.|(bert\.)?pooler\.")
 
 
 class Read(NamedTuple):
-    """What a model's files hold: its config, its weights as floating-point numbers, and of those that are stored in 8
-    bits the integers, by the name of their layer."""
+    """The content of a model's files: the config, the weights as floating-point numbers, and the integers of those that
+    are stored in 8 bits, by the name of their layer."""
 
     config: BertConfig
     state: dict[str, Tensor]
     integers: dict[str, Integers]
 
     def dtype(self, asked: torch.dtype | None) -> torch.dtype | None:
-        """What the model is to be in: as asked; where that is None and weights are in 8 bits, what the table of words
-        is in, for biases of such layers are float32."""
+        """The dtype to load the model in: `asked`; if that is None and weights are in 8 bits, the dtype of the table of
+        words, because biases of such layers are float32."""
         if asked is not None or not self.integers:
             return asked
         return next(t.dtype for name, t in self.state.items() if name.endswith("word_embeddings.weight"))

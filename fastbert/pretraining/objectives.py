@@ -65,7 +65,7 @@ class MaskedWords:
             },
             {
                 "masked_loss": f"nats a masked token, of {found['guessed']:,}",
-                "perplexity": "exp(masked_loss): among how many words a guess seems to be",
+                "perplexity": "exp(masked_loss): the number of equally probable words with the same loss",
                 "masked_accuracy": "masked tokens whose likeliest word is right",
             },
         )  # fmt: skip

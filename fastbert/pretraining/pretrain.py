@@ -102,7 +102,7 @@ def pretrain(request: Request, report: Callable[[dict[str, Any], int], None] | N
 
 @dataclass(frozen=True)
 class Learner:
-    """Who learns, and what.
+    """What is trained, and what the report says of it.
 
     Attributes:
         model: what is saved. trained: what the loop trains: the model, or a module that holds it.

@@ -246,7 +246,7 @@ def application(service: Service) -> Starlette:
         routes=routes,
         middleware=middleware if cors else None,
         exception_handlers={404: _unknown("no_path", "there is nothing at this address"),
-                            405: _unknown("no_method", "this address is asked with another method")},
+                            405: _unknown("no_method", "this address needs another method")},
         lifespan=lifespan,
     )  # fmt: skip
     app.state.service = service

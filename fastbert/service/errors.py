@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[int, int, str]] = {
 # kind -> OpenAI's type; all other kinds are invalid_request_error.
 OPENAI_TYPES = {"unauthorized": "authentication_error", "overloaded": "rate_limit_error", "failed": "server_error",
                 "not_ready": "server_error", "late": "server_error"}  # fmt: skip
-LONGEST_WAIT = 59  # most seconds of Retry-After: if told 60 or more, OpenAI's client sleeps that long without a sign
+LONGEST_WAIT = 59  # most seconds of Retry-After: OpenAI's client sleeps for 60 or more without a message
 
 
 class ServiceError(Exception):

@@ -87,7 +87,7 @@ def bound_to(host: str, port: int) -> list[socket.socket]:
     except (OSError, UnicodeError, OverflowError) as error:
         for made in found:
             made.close()
-        said = getattr(error, "strerror", None) or "this is no name of a host"
+        said = getattr(error, "strerror", None) or "this is not the name of a host"
         raise ValueError(f"cannot listen on {host}, port {port}: {said}") from None
     return found
 

@@ -98,7 +98,7 @@ class Settings:
                 try:
                     values[name] = read(environment[variable])
                 except ValueError as error:
-                    raise ValueError(f"the environment's {variable}: {error}") from None
+                    raise ValueError(f"the environment variable {variable}: {error}") from None
         key = Path(file).read_text(encoding="utf-8").strip() if file else environment.get("API_KEY")
         if file and not key:
             raise ValueError(f"{file} has no key in it")
@@ -106,5 +106,5 @@ class Settings:
             if values.get(name) is not None and values[name] > 65_535:
                 raise ValueError(f"{name} must be from 1 to 65535, got {values[name]}")
         if values.get("prometheus_port") == values.get("port", cls.port):
-            raise ValueError(f"prometheus_port must be another one than port, which is {values['prometheus_port']}")
+            raise ValueError(f"prometheus_port must differ from port, which is {values['prometheus_port']}")
         return cls(**values, api_key=key or None)

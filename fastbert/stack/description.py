@@ -146,7 +146,7 @@ class Drops(NamedTuple):
 
 
 class Kept:
-    """A cached value that was made from a module and all modules below it. It is made anew if one of them has other
+    """A cached value that was made from a module and all modules below it. It is made again if one of them has other
     children, hooks, class, `config` or `forward`, which is all that a description of a layer depends on."""
 
     def __init__(self):

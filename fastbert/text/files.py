@@ -155,7 +155,7 @@ def json_numbers(vector: np.ndarray, row: int) -> str:
     Raises: InputError if a number is not finite; `row` is the number of the text, for the message.
     """
     if not np.isfinite(vector).all():
-        raise InputError(f"the vector of text {row} is not finite, and JSON has no word for that")
+        raise InputError(f"the vector of text {row} is not finite, and JSON cannot hold it")
     return f"[{', '.join(f'{x:.9g}' for x in vector.tolist())}]"
 
 
@@ -166,7 +166,7 @@ def json_object(record: dict[str, Any], name: str, value: str, row: int) -> str:
         rest = json.dumps(others, allow_nan=False)
     except ValueError:  # Python reads NaN and Infinity, and takes 1e400 for Infinity
         raise InputError(
-            f"text {row} comes with a number that is not finite in float64, and JSON has no word for that"
+            f"text {row} comes with a number that is not finite in float64, and JSON cannot hold it"
         ) from None
     return f'{rest[:-1]}{", " if rest != "{}" else ""}"{name}": {value}}}\n'
 

@@ -201,7 +201,7 @@ def settings_of(
     try:
         return _settings_of(dict(config), special_tokens_map or {}, added_tokens or {}, old)
     except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{what}: a special or added token is none ({error})") from error
+        raise CheckpointError(f"{what}: a special or added token is invalid ({error})") from error
 
 
 def _settings_of(

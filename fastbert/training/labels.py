@@ -141,7 +141,7 @@ def numbers_of(labels: Sequence[str]) -> dict[str, int]:
     """case-folded name -> number. Raises: DataError if two labels have the same name."""
     numbers = {label.casefold(): i for i, label in enumerate(labels)}
     if len(numbers) != len(labels):
-        raise DataError(f"two labels have one name: {', '.join(labels)}")
+        raise DataError(f"two labels have the same name: {', '.join(labels)}")
     return numbers
 
 

@@ -34,7 +34,7 @@ def embedding_layer_norm(
         padding_idx: the row of `word` that gets no gradient.
         keys: [T] int64 row keys of `_random.row_keys`, or None for no dropout.
 
-    Raises: IndexError where an index lies outside of its table.
+    Raises: IndexError if an index is outside of its table.
     """
     if not cpp.want_gradients(*tables):
         return forward(indices, tables, eps, keys, dropout_p)
@@ -79,7 +79,7 @@ def backward(
     """The gradients of word, segment and position, each None unless wanted, and of LayerNorm's weight and bias, all in
     float32. `tables` are word, segment, position and LayerNorm's weight.
 
-    Raises: IndexError where an index lies outside of its table, because it was changed after the forward pass.
+    Raises: IndexError if an index is outside of its table, because it was changed after the forward pass.
     """
     rows, (_, width), dtype = indices[0].numel(), cpp.rows_and_width("embedding_layer_norm", tables[0]), tables[0].dtype
     dy = dy.contiguous()

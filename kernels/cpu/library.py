@@ -127,7 +127,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     expected = {"interface": interface_stamp(), "sources": sources_stamp(path.parent)}
     for what, stamp in expected.items():
         if stamp is not None and _text_of(library, f"{what}_stamp") != stamp:
-            raise UnusableLibrary(f"{path.name} was built of another version's {what}; build it anew: {REBUILD}")
+            raise UnusableLibrary(f"{path.name} was built from another version's {what}; rebuild it: {REBUILD}")
     for signature in _text_of(library, "signatures").split(";"):
         name, result, arguments = signature.split()
         for dtype in DTYPES:

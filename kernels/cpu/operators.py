@@ -337,7 +337,7 @@ _TABLES = "words", "segments", "positions", "weight", "bias"
 def embedding_layer_norm(
     indices: tuple[Tensor, ...], tables: tuple[Tensor, ...], eps: float
 ) -> Tensor | None:  # fmt: skip
-    """LayerNorm of the float32 sum of three look-ups; None where an index lies outside of its table."""
+    """LayerNorm of the float32 sum of three look-ups; None if an index is outside of its table."""
     dtype, rows, (_, width) = tables[0].dtype, indices[0].numel(), rows_and_width("embedding_layer_norm", tables[0])
     y = torch.empty(rows, width, dtype=dtype, device="cpu")
     sizes = array("q", map(len, tables[:3]))

@@ -63,7 +63,7 @@ def test_a_wait_leaves_the_newest_groups(ptx, allowed):
         if read < 3 - allowed:
             _groups(ptx, allowed, read)
         else:
-            with pytest.raises(errors.MissingWait, match=rf"byte {128 * read} .* started a copy that nobody waited"):
+            with pytest.raises(errors.MissingWait, match=rf"byte {128 * read} .* started a copy, without a wait"):
                 _groups(ptx, allowed, read)
 
 
@@ -181,7 +181,7 @@ def test_one_thread_initialises_an_mbarrier(ptx):
 
 def test_every_thread_that_reads_has_to_wait(ptx):
     x, y = np.zeros((16, 64), np.uint16), np.zeros(BOX, np.uint16)
-    with pytest.raises(errors.MissingWait, match="a bulk copy started a copy that nobody waited for"):
+    with pytest.raises(errors.MissingWait, match="a bulk copy started a copy, without a wait for it"):
         _box(ptx, INIT + EXPECT + START + READ, x, y=y)
     # one warp waits and the other reads, which is right only after a barrier
     some = f"setp.ge.u32 %p3, %t, 32; @%p3 bra skip; {WAIT.replace('PARITY', '0')} skip: BARRIER"

@@ -227,9 +227,9 @@ REFUSED = {
     "no wait for the load": (errors.MissingWait, {WAIT_LOAD: ""}),
     "no wait for the load, and a barrier after it": (errors.MissingWait, {WAIT_LOAD: "bar.sync 0;"}),
     "an operand written too early": (errors.MissingWait, {REPORT: f"{REPORT} st.shared.b32 [%r19 + -8176], %t;"}),
-    "not given back": (errors.TensorMemoryMisuse, {f"@%p5 {DEALLOC} %r20, 64;": ""}),
-    "half given back": (errors.TensorMemoryMisuse, {f"{DEALLOC} %r20, 64": f"{DEALLOC} %r20, 32"}),
-    "given back too early": (errors.MissingWait, {OVER: f"@%p5 {DEALLOC} %r20, 64;"}),
+    "not freed": (errors.TensorMemoryMisuse, {f"@%p5 {DEALLOC} %r20, 64;": ""}),
+    "half freed": (errors.TensorMemoryMisuse, {f"{DEALLOC} %r20, 64": f"{DEALLOC} %r20, 32"}),
+    "freed too early": (errors.MissingWait, {OVER: f"@%p5 {DEALLOC} %r20, 64;"}),
     "too many columns": (
         errors.TensorMemoryMisuse, {f"{ALLOC} [%r19], 64;": f"{ALLOC} [%r19], 512; @%p5 {ALLOC} [%r19], 64;"},
     ),
@@ -267,7 +267,7 @@ def test_a_load_needs_a_wait_before_other_warps_write_there(ptx):
     np.testing.assert_array_equal(y, expected + (np.arange(8) == 0))
     with pytest.raises(errors.MissingWait, match="byte 12 of tensor memory while an asynchronous unit may still read"):
         ptx(_body(_fill(8) + load + store + WAIT_LOAD + WAIT_STORE), threads=128, shared=4, y=y)
-    with pytest.raises(errors.MissingWait, match=r"given back while a tcgen05\.ld"):
+    with pytest.raises(errors.MissingWait, match=r"freed while a tcgen05\.ld"):
         ptx(_body(_fill(8) + load + _write_out(8)), threads=128, shared=4, y=y)
 
 

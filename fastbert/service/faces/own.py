@@ -116,7 +116,7 @@ async def zero_shot(service: Service, call: Call) -> list:
 
 
 async def hub(service: Service, call: Call) -> Any:
-    """POST on a model's address itself: what is meant is told by the body, and by what the model can do."""
+    """POST on a model's own address: the task depends on the body, and on what the model supports."""
     body = call.body
     model = service.models.named(call.scope.get("path_params", {}).get("name"))
     call.body = body = {**body, "model": model.name}

@@ -1,1 +1,1 @@
-"""What a model can be asked for: how it becomes pieces of tokens, and what a batch of pieces comes to."""
+"""The tasks of models: how a request becomes pieces of tokens, and how a batch of pieces becomes results."""

@@ -58,7 +58,7 @@ class Masks:
             if kept < given:
                 raise ServiceError(
                     "too_large",
-                    f"text {place}: {given - kept} of {given} {mask} lie past the {self.texts.limit} tokens",
+                    f"text {place}: {given - kept} of {given} {mask} are past the {self.texts.limit} tokens",
                 )
         words = sum(of_text.count(number) for of_text in ids) * min(top_k, top_k if chosen is None else len(chosen))
         if words > MOST_WORDS:

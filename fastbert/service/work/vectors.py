@@ -14,7 +14,7 @@ from .texts import Texts
 
 # Numbers of tokens' vectors in one answer: as JSON they are about 350 MB, which are in memory as a whole.
 MOST_NUMBERS = 2**24
-TINY = 1e-12  # what a length is taken for at least, as torch's normalize has it
+TINY = 1e-12  # least value of a vector's length, as in torch's normalize
 
 
 class Vectors:
