@@ -221,13 +221,15 @@ int int8_layers(
     const auto inside = [&](int number) { return (int)layers[number].heads * head_dim; };  // at most width
     const int groups = std::max(width, inner) / WIDTH;  // an upper bound
     const int most = std::max(ROWS, BLOCK_BYTES / (width + inner + width * (int)sizeof(float)) / ROWS * ROWS);
-    const int blocks = round_up((rows + most - 1) / most, threads);
-    const int of_block = round_up((rows + blocks - 1) / blocks, ROWS);
+    // The blocks differ by ROWS at most, so that all threads have the same work.
+    const int64_t tiles = (rows + ROWS - 1) / ROWS;
+    const int blocks = (int)std::min<int64_t>(tiles, round_up((rows + most - 1) / most, threads));
     std::atomic<bool> failed{false};
     Team::in_one_region([&] {
         for (int number = 0; number <= count && !failed; ++number) {
-            Team::share((rows + of_block - 1) / of_block, [&](int block) {
-                const int first = block * of_block, n = std::min(of_block, rows - first);
+            Team::share(blocks, [&](int block) {
+                const int first = (int)(tiles * block / blocks) * ROWS;
+                const int n = std::min(rows, (int)(tiles * (block + 1) / blocks) * ROWS) - first;
                 if (!scratch.reserve(Rows<T>::bytes(n, width, inner, groups))) {
                     failed = true;
                     return;
