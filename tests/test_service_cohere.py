@@ -63,6 +63,14 @@ def test_vectors_in_each_of_coheres_types(client, encoder):
     assert close(few["embeddings"]["float"], np.array(raw)[:, :3])
     plain = client.post("/v1/embed", {"texts": ["a b"], "input_type": "search_document"}).json()
     assert close(plain["embeddings"], encoder.encode_document(["a b"]))
+    parts = [[{"type": "text", "text": "a b"}], [{"type": "text", "text": "c"}, {"type": "text", "text": "d"}]]
+    body = {"inputs": [{"content": content} for content in parts], "input_type": "search_query"}
+    assert close(client.post("/v2/embed", body).json()["embeddings"]["float"], encoder.encode_query(["a b", "c d"]))
+    image = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]
+    for inputs in ([], [7], [{}], [{"content": "a"}], [{"content": []}], [{"content": image}]):
+        reply = client.post("/v2/embed", {"inputs": inputs})
+        assert reply.status == 400
+        assert "inputs" in reply.json()["message"]
     assert client.post("/v2/embed", {"texts": ["a"], "embedding_types": ["float64"]}).json()["message"]
     assert client.post("/v2/embed", {"texts": ["a"], "embedding_types": [[]]}).status == 400
 

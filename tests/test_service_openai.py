@@ -105,7 +105,11 @@ def test_unknown_fields_and_model_names_are_accepted(served):
     reply = client.post("/v1/embeddings", {"input": "a", "model": "text-embedding-3-small", "user": "u", "more": {}})
     assert reply.status == 200
     assert reply.json()["model"] == "texts"
-    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["texts", "ranks"]
+    listed = client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in listed] == ["texts", "ranks"]
+    assert client.get("/v1/models/ranks").json() == listed[1]
+    reply = client.get("/v1/models/text-embedding-3-small")
+    assert (reply.status, reply.json()["error"]["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"a"', b'{"input": "\\ud800"}', b"\xff"])

@@ -47,6 +47,24 @@ def test_answers(client):
     assert client.post("/question_answer", {"inputs": {"question": "a"}}).status == 422
 
 
+def test_texts_too_long_for_the_queue_are_refused_before_they_are_tokenised(served, monkeypatch):
+    """They are not cut but computed in windows. A request of 15 MB was tokenised whole, which took minutes, and two of
+    them held up all others."""
+    client = served("names", "answers", max_queue_tokens=1000)
+    for model in client.service.models.served:
+        (way,) = model.abilities.values()
+        monkeypatch.setattr(way, "prepare", lambda *given, **options: 1 / 0)
+    long, question = "a" * 4000, {"question": "a", "context": "b"}
+    for path, inputs in (
+        ("/token_classify", long), ("/token_classify", ["b", long]), ("/question_answer", question | {"context": long}),
+        ("/question_answer", question | {"question": long}),
+    ):  # fmt: skip
+        reply = client.post(path, {"inputs": inputs})
+        assert reply.status == 413
+        assert "--max-queue-tokens" in reply.json()["error"]
+    assert client.post("/token_classify", {"inputs": "a" * 3900}).status == 500
+
+
 def test_filled_words(client, folders):
     filler = MaskFiller.from_pretrained(folders["masks"], **PLAIN)
     wanted = filler.fill(["a [MASK] c"], 3)[0][0]
@@ -81,7 +99,7 @@ def test_a_models_address_may_have_slashes(folders):
 
 
 def test_a_models_address_does_the_models_task(client):
-    for path, name in (("/", None), ("/v1", None), ("/models/texts", "texts")):
+    for path, name in (("/", None), ("/v1", None), ("/invocations", None), ("/models/texts", "texts")):
         assert np.shape(client.post(path, {"inputs": "a"}).json()) == (1, 32), name
     assert len(client.post("/models/feelings", {"inputs": "a", "parameters": {"top_k": 2}}).json()[0]) == 2
     assert len(client.post("/models/feelings", {"inputs": "a", "parameters": {"candidate_labels": ["x", "y"]}}

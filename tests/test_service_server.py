@@ -42,7 +42,7 @@ def test_a_large_answer_is_written_in_parts():
 
 def test_it_is_ready_once_a_first_batch_has_run(served):
     client = served("texts")
-    assert client.get("/ready").status == client.get("/health").status == client.get("/live").status == 200
+    assert {client.get(path).status for path in ("/ready", "/health", "/ping", "/live")} == {200}
     assert client.service.metrics.counted("te_request_count") == 0
     client.service.is_stopping = True
     assert client.get("/ready").status == 503
@@ -250,6 +250,7 @@ def test_settings_from_flags_and_the_environment(tmp_path):
     assert (settings.port, settings.host, settings.auto_truncate) == (8, "127.0.0.1", False)
     assert (settings.api_key, settings.max_batch_tokens) == ("of the environment", 77)
     assert Settings.read({"api_key_file": str(tmp_path / "key")}, environment).api_key == "of the file"
+    assert Settings.read({}, {"POOLING": "last-token"}).pooling == "lasttoken"
     assert Settings.read({}, {"API_KEY_FILE": str(tmp_path / "key")}).api_key == "of the file"
     assert Settings.read({}, {}).api_key is None
     (tmp_path / "key").write_text("\n")

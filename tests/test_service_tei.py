@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 
+pytest.importorskip("orjson", reason="needs the serve extra")
+pytest.importorskip("prometheus_client", reason="needs the serve extra")
+pytest.importorskip("starlette", reason="needs the serve extra")
 from fastbert import Encoder
-from service_models import LABELS, PLAIN, close, logits_of
+from fastbert.service.app import application
+from fastbert.service.models import Models, load
+from fastbert.service.service import Service
+from fastbert.service.settings import Settings
+from service_models import LABELS, PLAIN, Client, close, logits_of, make_folder
 
 pytest_plugins = ("service_fixtures",)
 pytestmark = pytest.mark.once
@@ -30,6 +37,20 @@ def test_prompts_and_both_ways_to_cut(client, encoder):
     assert close(found.json(), encoder.encode_ids([left], 100))
     assert client.post("/embed", {"inputs": [text], "truncate": False}).status == 413
     assert client.post("/embed", {"inputs": [text], "truncation_direction": "up"}).status == 422
+
+
+def test_prompts_that_are_not_pooled(tmp_path):
+    """A folder can say that the tokens of a prompt are left out of the mean."""
+    folder = make_folder(tmp_path / "texts", "texts")
+    (folder / "1_Pooling" / "config.json").write_text('{"word_embedding_dimension": 32, "include_prompt": false}')
+    encoder, settings = Encoder.from_pretrained(folder, **PLAIN), Settings(**PLAIN)
+    client = Client(application(Service(settings, Models([load("texts", folder, settings)]))))
+    try:
+        for name in ("query", "document", None):
+            found = client.post("/embed", {"inputs": ["a b", "c"], "prompt_name": name}).json()
+            assert close(found, encoder.encode(["a b", "c"], prompt_name=name))
+    finally:
+        client.close()
 
 
 def test_embed_all_gives_every_token(client, encoder):

@@ -139,6 +139,37 @@ def test_every_token_of_a_context_belongs_to_one_window(tokenizer):
     assert windows[0].token_type_ids[:4] == [0, 0, 0, 1]
 
 
+def test_a_context_is_read_once_however_many_windows_it_has(tokenizer, monkeypatch):
+    """Each look at the ids or offsets of an encoding makes a list of all its tokens: windows of a context of a megabyte
+    took minutes."""
+
+    class Counted:
+        def __init__(self, encoding):
+            self.encoding, self.looks = encoding, 0
+
+        def __getattr__(self, name):
+            self.looks += 1
+            return getattr(self.encoding, name)
+
+    made = []
+
+    def counting(self, texts, *pairs, **options):
+        encoded = call(self, texts, *pairs, **options)
+        encoded.encodings[:] = [Counted(encoding) for encoding in encoded.encodings]
+        made.extend(encoded.encodings)
+        return encoded
+
+    call = Tokenizer.__call__
+    monkeypatch.setattr(Tokenizer, "__call__", counting)
+    looks = []
+    for context in ("a bc def " * 10, "a bc def " * 100):
+        made.clear()
+        windows = question_features(tokenizer, [Question("q", "a", context)], 24, 8, training=False, longest=30).windows
+        assert len(windows) > 3
+        looks.append(made[0].looks)
+    assert looks[0] == looks[1]
+
+
 @pytest.mark.parametrize(
     ("text", "start", "tokens"),
     [("a", 0, (0, 0)), ("c", 5, (2, 2)), ("bb c", 2, (1, 2)), (" bb", 1, (1, 1)), ("b", 3, (1, 1)), (" ", 1, None)],

@@ -31,6 +31,7 @@ requests use in "model". The first MODEL answers requests without a name. The de
   Cohere's, Jina's           POST /v1/rerank /v2/rerank /v1/embed /v2/embed
   the hub's InferenceClient  POST / and /models/NAME
   entities, answers, masks   POST /token_classify /question_answer /fill_mask
+  SageMaker                  POST /invocations, GET /ping
   for machines               GET /live /ready /health /metrics /openapi.json; for people: GET /
 
 Texts longer than a model's limit are cut. "usage" counts the remaining tokens, and the header x-truncated-texts the cut

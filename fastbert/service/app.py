@@ -58,6 +58,7 @@ async def _rerank(service: Service, call: Call) -> Any:
 WAYS = (
     Way("embed", openai.embeddings, openai_form, ("/v1/embeddings", "/embeddings")),
     Way("models", openai.models, openai_form, ("/v1/models", "/models"), "GET"),
+    Way("models", openai.model, openai_form, ("/v1/models/{name:path}",), "GET"),
     Way("embed", tei.embed, tei_form, ("/embed",)),
     Way("embed_all", tei.embed_all, tei_form, ("/embed_all",)),
     Way("predict", tei.predict, tei_form, ("/predict",)),
@@ -72,7 +73,7 @@ WAYS = (
     Way("token_classify", own.token_classify, tei_form, ("/token_classify",)),
     Way("question_answer", own.question_answer, tei_form, ("/question_answer",)),
     Way("fill_mask", own.fill_mask, tei_form, ("/fill_mask",)),
-    Way("hub", own.hub, tei_form, ("/", "/v1", "/models/{name:path}")),
+    Way("hub", own.hub, tei_form, ("/", "/v1", "/invocations", "/models/{name:path}")),
 )
 
 
@@ -211,7 +212,7 @@ def openapi(service: Service) -> tuple[int, bytes, bytes]:
     return 200, orjson.dumps(description(service.version, [way for way in WAYS if way.method == "POST"])), JSON
 
 
-PLAIN = {"/live": live, "/ready": ready, "/health": ready, "/openapi.json": openapi, "/": page}
+PLAIN = {"/live": live, "/ready": ready, "/health": ready, "/ping": ready, "/openapi.json": openapi, "/": page}
 
 
 def _unknown(kind: str, message: str) -> Callable:

@@ -205,5 +205,8 @@ class Models:
         if name is None:
             return self.served[0]
         if name not in self.by_name:
-            raise ServiceError("no_model", f"there is no such model; models are {', '.join(self.by_name)}")
+            raise ServiceError(
+                "no_model", f"there is no such model; models are {', '.join(self.by_name)}", param="model",
+                code="model_not_found",
+            )  # fmt: skip
         return self.by_name[name]

@@ -21,6 +21,13 @@ RERANK = {
     "query": TEXT, "documents": DOCUMENTS, "model": NAME, "top_n": COUNT, "return_documents": FLAG, "raw_scores": FLAG,
     "max_tokens_per_doc": COUNT, **CUT,
 }  # fmt: skip
+CONTENT = {
+    "type": "object",
+    "properties": {"content": {
+        "type": "array", "items": {"type": "object", "properties": {"text": TEXT}, "required": ["text"]}, "minItems": 1,
+    }},
+    "required": ["content"],
+}  # fmt: skip
 SEQUENCE = {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 2}
 PAIR = {"type": "array", "items": TEXT, "minItems": 2, "maxItems": 2}
 QUESTION = {
@@ -53,10 +60,11 @@ BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "/v1/rerank": (RERANK, ("query", "documents")),
     "/v2/rerank": (RERANK, ("query", "documents")),
     "/v1/embed": (
-        {"texts": {"type": "array", "items": TEXT, "minItems": 1}, "model": NAME, "input_type": TEXT,
+        {"texts": {"type": "array", "items": TEXT, "minItems": 1},
+         "inputs": {"type": "array", "items": CONTENT, "minItems": 1}, "model": NAME, "input_type": TEXT,
          "embedding_types": {"type": ["array", "null"], "items": EMBED_TYPES}, "output_dimension": COUNT,
          "truncate": {"enum": ["NONE", "START", "END", None]}},
-        ("texts",),
+        (),
     ),
     "/similarity": (
         {"inputs": {"type": "object",
@@ -79,7 +87,13 @@ BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "/": ({"inputs": {"anyOf": [*TEXTS["anyOf"], {"type": "object"}]}, "parameters": PARAMETERS}, ()),
 }  # fmt: skip
 # address -> another address with the same fields
-_SAME = {"/embeddings": "/v1/embeddings", "/v2/embed": "/v1/embed", "/v1": "/", "/models/{name}": "/"}
+_SAME = {
+    "/embeddings": "/v1/embeddings",
+    "/v2/embed": "/v1/embed",
+    "/v1": "/",
+    "/invocations": "/",
+    "/models/{name}": "/",
+}
 _ERRORS = {"400": "what was sent is wrong", "401": "no key", "404": "no such model", "413": "too much was sent",
            "422": "what was sent is wrong", "424": "the model has no such head", "429": "overloaded; see Retry-After",
            "503": "not ready", "504": "too late"}  # fmt: skip

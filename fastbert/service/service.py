@@ -184,18 +184,27 @@ class Service:
                 "too_large", f"batch size {len(texts)} > maximum allowed batch size {most} (--max-client-batch-size)"
             )
 
-    async def run(self, call: Call, model: Served, texts: Sequence[Any], prepare: Callable[[], Prepared]) -> Any:
+    async def run(
+        self,
+        call: Call,
+        model: Served,
+        texts: Sequence[Any],
+        prepare: Callable[[], Prepared],
+        *,
+        in_windows: bool = False,
+    ) -> Any:
         """The engine's answer to a request.
 
         Args:
             texts: texts, ids or pairs of the request; used for metrics and for the room to reserve in the queue.
             prepare: makes pieces of them, in another thread.
+            in_windows: long texts are computed whole, in windows, and not cut.
 
         Raises: ServiceError; Gone if the client went away, in which case its pieces leave the queue.
         """
         self.expect_count(texts)
         loop, timeout = asyncio.get_running_loop(), self.timeout_of(call)
-        job = Job(self.queues[model.name], prepare, announced(texts, model.texts.limit))
+        job = Job(self.queues[model.name], prepare, announced(texts, None if in_windows else model.texts.limit))
         self.engine.submit(job)
         late = ServiceError("late", f"there was no answer within {timeout:g} seconds")
         timer = loop.call_later(timeout - (time.perf_counter() - call.began), _fail, job, late)

@@ -28,7 +28,7 @@ def _count(text: str) -> int:
 VARIABLES: dict[str, tuple[str, Any]] = {
     "port": ("PORT", _count),
     "dtype": ("DTYPE", str),
-    "pooling": ("POOLING", str),
+    "pooling": ("POOLING", lambda text: {"last-token": "lasttoken"}.get(text, text)),
     "max_concurrent_requests": ("MAX_CONCURRENT_REQUESTS", _count),
     "max_batch_tokens": ("MAX_BATCH_TOKENS", _count),
     "max_client_batch_size": ("MAX_CLIENT_BATCH_SIZE", _count),

@@ -147,13 +147,14 @@ def question_features(
     windows, windowed, split, beyond = [], 0, 0, 0
     for example, of_question in zip(asked, ids, strict=True):
         context = tokens[questions[example].context]
+        context_ids, context_offsets = context.ids, context.offsets  # each makes a list of all tokens
         head = [tokenizer.cls_token_id, *of_question[:limit], tokenizer.sep_token_id]
-        spans = _spans([1] * len(context.ids), _room(max_length - len(head) - 1, stride), stride)
-        owner = _owners(len(context.ids), spans)
+        spans = _spans([1] * len(context_ids), _room(max_length - len(head) - 1, stride), stride)
+        owner = _owners(len(context_ids), spans)
         targets = [_target(gold[example], first, end, len(head)) if training else None for first, end in spans]
         for number, (first, end) in enumerate(spans):
-            window_ids = [*head, *context.ids[first:end], tokenizer.sep_token_id]
-            offsets = [*[None] * len(head), *context.offsets[first:end], None]
+            window_ids = [*head, *context_ids[first:end], tokenizer.sep_token_id]
+            offsets = [*[None] * len(head), *context_offsets[first:end], None]
             owned = frozenset(len(head) + t - first for t in range(first, end) if owner[t] == number)
             types = [0] * len(head) + [1] * (end - first + 1)
             windows.append(Window(window_ids, types, example, targets[number], offsets=offsets, owned=owned))

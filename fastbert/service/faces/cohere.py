@@ -56,7 +56,7 @@ async def embed_v1(service: Service, call: Call) -> dict[str, Any]:
 async def embed_v2(service: Service, call: Call) -> dict[str, Any]:
     """Vectors of texts in each of `embedding_types`: see `as_type`."""
     body = call.body
-    texts = fields.texts(body.get("texts"), "texts")
+    texts = _texts_of(body)
     model: Served = service.models.with_ability("vectors", fields.take(body, "model", str))
     vectors: Vectors = model.abilities["vectors"]
     dimensions = fields.count(body, "output_dimension")
@@ -79,6 +79,22 @@ async def embed_v2(service: Service, call: Call) -> dict[str, Any]:
         "embeddings": {name: TYPES[name](found) for name in types}, "texts": texts,
         "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": call.tokens}},
     }  # fmt: skip
+
+
+def _texts_of(body: dict[str, Any]) -> list[str]:
+    """The `texts`, or the texts of `inputs`, whose contents are lists of parts. Raises ServiceError for images."""
+    inputs = fields.take(body, "inputs", list)
+    if body.get("texts") is not None or inputs is None:
+        return fields.texts(body.get("texts"), "texts")
+    texts = []
+    for item in inputs:
+        parts = item.get("content") if isinstance(item, dict) else None
+        parts = parts if isinstance(parts, list) else []
+        found = [part.get("text") if isinstance(part, dict) else None for part in parts]
+        if not found or not all(isinstance(text, str) for text in found):
+            raise ServiceError("invalid", "inputs must have a content of texts alone, no images", param="inputs")
+        texts.append("\n".join(found))
+    return fields.texts(texts, "inputs")
 
 
 def _int8(vectors: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ServiceError
+from ..models import Served
 from ..service import Call, Service
 from ..work.vectors import Vectors
 from . import fields
@@ -54,8 +55,13 @@ def encoded(vectors: np.ndarray) -> list[str]:
 
 async def models(service: Service, call: Call) -> dict[str, Any]:
     """The models' names."""
-    made = [
-        {"id": model.name, "object": "model", "created": service.created, "owned_by": "fastbert"}
-        for model in service.models.served
-    ]
-    return {"object": "list", "data": made}
+    return {"object": "list", "data": [_described(service, model) for model in service.models.served]}
+
+
+async def model(service: Service, call: Call) -> dict[str, Any]:
+    """The model of a name."""
+    return _described(service, service.models.named(call.scope["path_params"]["name"]))
+
+
+def _described(service: Service, model: Served) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": service.created, "owned_by": "fastbert"}

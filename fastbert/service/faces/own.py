@@ -32,7 +32,7 @@ async def token_classify(service: Service, call: Call) -> list:
     ignored = fields.take(options, "ignore_labels", list, ["O"])
     model = service.models.with_ability("entities", fields.take(call.body, "model", str))
     way = model.abilities["entities"]
-    records = await service.run(call, model, texts, lambda: way.prepare(texts))
+    records = await service.run(call, model, texts, lambda: way.prepare(texts), in_windows=True)
     made = [_words_of(record, ignored) if strategy == "none" else _entities_of(record, ignored) for record in records]
     return made[0] if isinstance(given, str) else made
 
@@ -71,8 +71,9 @@ async def question_answer(service: Service, call: Call) -> dict[str, Any] | list
     if longest is not None and longest > model.texts.limit:
         longest = model.texts.limit
     found = await service.run(
-        call, model, pairs, lambda: way.prepare(pairs, top_k=top_k, longest=longest, may_be_silent=silent)
-    )
+        call, model, pairs, lambda: way.prepare(pairs, top_k=top_k, longest=longest, may_be_silent=silent),
+        in_windows=True,
+    )  # fmt: skip
     made = [answers[0] if top_k == 1 else answers for answers in found]
     return made if isinstance(given, list) else made[0]
 

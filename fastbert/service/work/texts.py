@@ -150,10 +150,11 @@ class Texts:
         )
 
 
-def announced(texts: Sequence[Any], limit: int) -> int:
+def announced(texts: Sequence[Any], limit: int | None) -> int:
     """Tokens that texts, lists of ids or pairs are taken to have until they are tokenised: of a word of English with
-    its space, one for four characters."""
-    return sum(min(limit, 2 + length_of(text) // 4) for text in texts)
+    its space, one for four characters. limit: tokens at which each is cut; None for texts that are not cut."""
+    tokens = (2 + length_of(text) // 4 for text in texts)
+    return sum(tokens if limit is None else (min(limit, n) for n in tokens))
 
 
 def length_of(text: Any) -> int:
