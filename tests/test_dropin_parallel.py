@@ -1,7 +1,9 @@
 """Copies that torch and PEFT make of an accelerated model: replicas on several devices, adapters around its layers."""
 
 import copy
+import gc
 import importlib
+import weakref
 
 import pytest
 import torch
@@ -82,6 +84,25 @@ def test_restore_removes_everything():
     before = [set(m.__dict__) for m in model.modules()]
     fastbert.restore(fastbert.accelerate(model, impl="native"))
     assert [set(m.__dict__) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_restored_model_is_freed_at_once(called):
+    """What an inspection saw held the modules and, through their attributes, itself: after `restore` and `del`, the
+    weights stayed until the garbage collector ran."""
+    gc.collect()
+    model = fastbert.accelerate(build(), impl="native")
+    if called:
+        with torch.no_grad():
+            model(**batch_of())
+    fastbert.restore(model)
+    gc.disable()
+    try:
+        weight = weakref.ref(model.bert.encoder.layer[0].output.dense)
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------

@@ -203,6 +203,9 @@ class InspectedForward(Forward):
         """A pickled or deep-copied one inspects its own module."""
         return self.__dict__ | {"seen": None}
 
+    def release(self) -> None:
+        self.seen = None  # it holds the module
+
     def look(self) -> Any:
         """The result of an inspection of the module as it is now."""
         seen = self.seen  # another thread may replace it meanwhile

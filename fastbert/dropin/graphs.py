@@ -38,6 +38,10 @@ class GraphedEncoderForward(EncoderForward):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"recorded": None}
 
+    def release(self) -> None:
+        super().release()
+        self.recorded = None
+
     def call(self, *args, **kwargs):
         given = self.named(args, kwargs)
         replayed = self.replay(given)
