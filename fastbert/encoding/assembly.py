@@ -15,6 +15,7 @@ from ..inference.eight_bits import holds_integers, quantise
 from ..inference.graphs import why_no_graphs
 from ..inference.large_pages import move_to_large_pages
 from ..models.bert import BertModel
+from ..packing import PackedBatch
 from .devices import INT8, expect_int8, resolve_device, resolve_dtype
 from .folder import LAST_STATE, POOLER, Output, SentenceConfig
 from .layers import layer_numbers
@@ -122,17 +123,22 @@ def keep_layers(model: BertModel, layer: int, output: Output, all_layers: bool) 
     return output
 
 
-# Number and length of the texts of random words that calibrate int8.
-SAMPLE, SAMPLE_LENGTH = 24, 32
+# Numbers of random words in the texts that calibrate int8. Most are short, because short texts lose most in 8 bits:
+# much of their vector is from the first and the last token, which have the largest outliers.
+SAMPLE_WORDS = [*range(1, 7)] * 20 + [62] * 6
 
 
-def run_on_random_words(model: BertModel) -> None:
-    """Runs the model on random words, which show its layers nearly the same activations as texts do: quantised by them,
-    MiniLM's vectors have a mean cosine of 0.99962 to float32's, by English texts 0.99962 (benchmarks/log/int8.md)."""
-    length = min(SAMPLE_LENGTH, model.config.max_position_embeddings)
+def run_on_random_words(model: BertModel, special: Sequence[int] = ()) -> None:
+    """Runs the model on short texts of random words, which show its layers nearly the same activations as real texts do
+    (benchmarks/log/int8.md). special: the ids of an empty text; the first one begins each text, and the others end it.
+    """
     generator = torch.Generator(device="cpu").manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (SAMPLE, length), generator=generator, dtype=torch.int64, device="cpu")
-    model(ids.to(model.device))
+    most = model.config.max_position_embeddings - len(special)
+    lengths = [min(count, most) for count in SAMPLE_WORDS]
+    size = (sum(lengths),)
+    words = torch.randint(model.config.vocab_size, size, generator=generator, dtype=torch.int64, device="cpu")
+    texts = [[*special[:1], *text.tolist(), *special[1:]] for text in words.split(lengths)]
+    model(PackedBatch.from_lists(texts, device=model.device))
 
 
 def loaded_parts(
@@ -178,7 +184,7 @@ def loaded_parts(
             layer = max(layers)
     output = keep_layers(model, layer, output, all_layers and bool(parts_of(modules, WeightedLayerPooling)))
     if int8 and not holds_integers(model):
-        quantise(model.encoder, partial(run_on_random_words, model))
+        quantise(model.encoder, partial(run_on_random_words, model, tokenizer.input_ids([""])[0]))
     if to_move:
         move_to_large_pages(model, dtype)
     if cuda_graphs or (cuda_graphs is None and why_no_graphs(model, impl) is None):

@@ -32,12 +32,21 @@ class Int8Linear(nn.Module):
     by any code that loads the original.
     """
 
-    def __init__(self, linear: nn.Linear, factors: Tensor | None = None, packed: int8.Int8Weight | None = None):
-        """packed: the integers to use; by default those of the layer's weight and bias."""
+    def __init__(
+        self,
+        linear: nn.Linear,
+        factors: Tensor | None = None,
+        packed: int8.Int8Weight | None = None,
+        moments: Tensor | None = None,
+    ):
+        """packed: the integers to use; by default those of `Int8Weight` for the layer's weight and bias, `factors` and
+        `moments`."""
         super().__init__()
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
         self.has_bias = linear.bias is not None
-        self.packed = int8.Int8Weight(linear.weight, linear.bias, factors) if packed is None else packed
+        if packed is None:
+            packed = int8.Int8Weight(linear.weight, linear.bias, factors, moments=moments)
+        self.packed = packed
         self.training = linear.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,16 +82,19 @@ def quantise(model: nn.Module, sample: Callable[[], object] | None = None) -> nn
 
     Args:
         sample: runs the model on typical inputs. The scales of the inputs' columns that it shows are then moved into
-            the weights, which halves the loss of precision (`int8.balance`). None moves no scales.
+            the weights, which halves the loss of precision (`int8.balance`), and the weights are rounded for these
+            inputs (`int8.rounded`). None: neither.
     """
     if type(model) is nn.Linear:
         return Int8Linear(model) if int8.fits(model.weight) else model
     groups = groups_of(model)
-    squares = squares_of_columns([group[0] for group in groups], sample) if sample is not None else {}
+    moments = moments_of_columns([group[0] for group in groups], sample) if sample is not None else {}
     made: dict[nn.Linear, Int8Linear] = {}
     for group in groups:
-        factors = factors_for(squares.get(group[0]), group)
-        made.update((linear, Int8Linear(linear, factors)) for linear in group)
+        of_group = moments.get(group[0])
+        squares = None if of_group is None else of_group.diagonal(dim1=1, dim2=2).flatten()
+        factors = factors_for(squares, group)
+        made.update((linear, Int8Linear(linear, factors, moments=of_group)) for linear in group)
     replace_linears(model, made)
     return model
 
@@ -145,8 +157,36 @@ def _can_be(module: nn.Module) -> bool:
 
 
 def factors_for(squares: Tensor | None, group: Sequence[nn.Linear]) -> Tensor | None:
-    """`int8.balance` for layers over one input, whose columns have these squares [K]; None: there are none."""
-    return None if squares is None else int8.balance(squares, *(linear.weight.detach() for linear in group))
+    """`int8.balance` for layers over one input, whose columns have these squares [K]; None: there are none.
+
+    Of query, key and value only the last one's weight counts: its rounding changes a text's vector ten times as much.
+    """
+    return None if squares is None else int8.balance(squares, group[-1].weight.detach())
+
+
+def moments_of_columns(linears: Sequence[nn.Linear], sample: Callable[[], object]) -> dict[nn.Linear, Tensor]:
+    """linear -> the means of x x^T over the rows x of its inputs in a run of `sample`, for each group of neighbouring
+    columns: [groups, group, group] float32, added up over batches."""
+    found: dict[nn.Linear, Tensor] = {}
+
+    def note(linear: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().float().flatten(0, -2)
+        x = x.unflatten(1, (-1, int8.group_of(x.shape[1]))).transpose(0, 1)  # [groups, rows, group]
+        found[linear] = found.get(linear, 0.0) + x.mT @ x / x.shape[1]
+
+    _run_with_hooks(linears, note, sample)
+    return found
+
+
+def _run_with_hooks(
+    linears: Sequence[nn.Linear],
+    note: Callable[[nn.Linear, tuple[Tensor, ...]], None],
+    sample: Callable[[], object],
+) -> None:
+    with ExitStack() as hooks, torch.no_grad():
+        for linear in linears:
+            hooks.callback(linear.register_forward_pre_hook(note).remove)
+        sample()
 
 
 def squares_of_columns(
@@ -167,8 +207,5 @@ def squares_of_columns(
             squares = x.abs().kthvalue(max(1, round(percentile / 100 * len(x))), dim=0).values.square()
         found[linear] = found.get(linear, 0.0) + squares
 
-    with ExitStack() as hooks, torch.no_grad():
-        for linear in linears:
-            hooks.callback(linear.register_forward_pre_hook(note).remove)
-        sample()
+    _run_with_hooks(linears, note, sample)
     return found

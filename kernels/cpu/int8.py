@@ -45,6 +45,7 @@ SMALLEST = 1e-30  # the least scale; where max z - low of a group is less, all o
 # LEAST_COLUMN: this share of x's root mean square is added to each column's, so that nearly empty columns have
 # nearly the same factor. Both were chosen on MiniLM (benchmarks/log/int8.md).
 SHARE, LEAST_COLUMN = 0.35, 0.1
+DAMPING = 0.3  # in `rounded`: this share of a block's mean square is added to the squares, as if z had that much noise
 
 
 @cache
@@ -99,15 +100,45 @@ def group_of(inner: int) -> int:
     return next(group for group in range(min(inner, GROUP), 0, -1) if inner % group == 0 and group % WIDTH == 0)
 
 
-def balance(mean_squares: Tensor, *weights: Tensor) -> Tensor:
-    """factors [K] for x, from the mean squares [K] of its columns and the weights [N, K] that multiply it.
+def balance(mean_squares: Tensor, weight: Tensor) -> Tensor:
+    """factors [K] for x, from the mean squares [K] of its columns and the weight [N, K] that multiplies it.
 
     A column's factor is rms(W) ** (1 - SHARE) / rms(x) ** SHARE, scaled so that the geometric mean of all is 1.
     """
     of_x = (mean_squares + LEAST_COLUMN**2 * mean_squares.mean()).clamp_min(SMALLEST).sqrt()
-    squares = sum(weight.float().square().sum(0) for weight in weights) / sum(map(len, weights))
+    squares = weight.float().square().mean(0)
     logs = (1 - SHARE) * squares.clamp_min(SMALLEST).sqrt().log() - SHARE * of_x.log()
     return (logs - logs.mean()).exp()
+
+
+def rounded(weight: Tensor, moments: Tensor) -> Tensor:
+    """Integers [N, K], float32, near the elements of weight [N, K], at most LARGEST.
+
+    Within a block of columns, the error of an element's rounding is passed on to the elements after it, so that the
+    error of the product with z is least (GPTQ, arXiv:2210.17323). moments [blocks, size, size]: the means of z z^T for
+    the columns of z in each block.
+    """
+    blocks, size, _ = moments.shape
+    means = moments.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST)
+    identity = torch.eye(size, dtype=torch.float32, device="cpu")
+    moments = moments + (DAMPING * means)[:, None, None] * identity
+    finite = moments.isfinite().flatten(1).all(1)[:, None, None]
+    moments = torch.where(finite, moments, identity)  # rounds to the nearest integers
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    shares = torch.linalg.cholesky(inverse, upper=True)
+    shares = shares / shares.diagonal(dim1=1, dim2=2)[:, :, None]
+    left = weight.T.reshape(blocks, size, -1).contiguous()  # [blocks, size, N]
+    for first in range(0, size, WIDTH):
+        part, of_part = left[:, first : first + WIDTH], shares[:, first : first + WIDTH]
+        errors = torch.empty_like(part)
+        for i in range(WIDTH):
+            integer = part[:, i].round().clamp_(-LARGEST, LARGEST)
+            torch.sub(part[:, i], integer, out=errors[:, i])
+            part[:, i] = integer
+            later = of_part[:, i, first + i + 1 : first + WIDTH, None]
+            part[:, i + 1 :].addcmul_(later, errors[:, i, None], value=-1)
+        left[:, first + WIDTH :].baddbmm_(of_part[:, :, first + WIDTH :].mT, errors, alpha=-1)
+    return left.flatten(0, 1).T
 
 
 def fits(weight: Tensor) -> bool:
@@ -127,6 +158,8 @@ class Int8Weight:
 
     group: how many adjacent elements of a row share a scale; None chooses the engine's most exact group. If the group
         is the whole row, every engine multiplies the same integers.
+    moments: [K / size, size, size] float32, the means of x x^T for each `size` columns of typical inputs, a divisor of
+        the group. The integers are then chosen for the least error of the product (`rounded`).
 
     Raises: ValueError where the weight does not fit, or weight or bias has no floating-point dtype or a wrong shape.
     """
@@ -137,6 +170,7 @@ class Int8Weight:
         bias: Tensor | None = None,
         factors: Tensor | None = None,
         group: int | None = None,
+        moments: Tensor | None = None,
     ):
         if not weight.is_floating_point():
             raise ValueError(f"weight must be of floating-point numbers, got {weight.dtype}")
@@ -152,7 +186,13 @@ class Int8Weight:
         group = group or (group_of(inner) if is_in_cpp() else inner)
         grouped = weight.unflatten(1, (-1, group))  # [N, groups, group]
         scales = grouped.abs().amax(2).clamp_min_(SMALLEST).div_(LARGEST)
-        integers = grouped.div(scales[:, :, None]).round_().to(torch.int8).flatten(1).contiguous()
+        grouped = grouped / scales[:, :, None]
+        if moments is None:
+            integers = grouped.round_().flatten(1)
+        else:
+            by_block = factors.view(len(moments), -1)
+            integers = rounded(grouped.flatten(1), moments * by_block[:, :, None] * by_block[:, None])
+        integers = integers.to(torch.int8).contiguous()
         bias = torch.zeros(columns, dtype=torch.float32, device="cpu") if bias is None else bias.detach().float()
         self._lay_out(integers, scales, bias, factors)
 
