@@ -34,15 +34,15 @@ def in_each_dtype(ours, inputs, dtype, function):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [7, 150])
+@pytest.mark.parametrize("rows", [7, 28, 150])
 def test_products(instructions, rows, dtype):
-    """From the weight as given, and from panels, the last of which is not full."""
+    """From the weight as given, with groups of rows, and from panels, the last of which is not full."""
     inputs = torch.randn(rows, 96), torch.randn(144, 96) / 10, torch.randn(144)
     in_each_dtype(lambda *t: cpp.linear(*t, "gelu"), inputs, dtype, lambda *t: F.gelu(F.linear(*t)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("length", "head_dim"), [(1, 32), (75, 48), (200, 64)])
+@pytest.mark.parametrize(("length", "head_dim"), [(1, 32), (75, 48), (200, 64), (650, 32)])
 def test_attention(instructions, length, head_dim, dtype):
     inputs = [torch.randn(length, 2, head_dim) for _ in range(3)]
     starts = torch.tensor([0, length], dtype=torch.int32)

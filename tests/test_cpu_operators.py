@@ -168,8 +168,10 @@ def test_add_layer_norm_that_goes_to_torch():
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize(
     ("rows", "columns", "inner"),
-    # weights as given, then transposed: up to six rows; from one register of columns to more than a panel of four
-    [*itertools.product((1, 3, 4, 5, 17, 64), (4, 68), (32, 96)), (17, 32, 1056), (64, 32, 1056),
+    # weights as given, with groups of rows, and transposed: up to six rows; from one register of columns to more than a
+    # panel of four
+    [*itertools.product((1, 3, 4, 5, 17, 64), (4, 68), (32, 96)), (17, 32, 1056),
+     (9, 48, 1056), (12, 16, 32), (16, 144, 544), (28, 48, 96), (64, 32, 1056), (96, 48, 96),
      (145, 16, 32), (146, 64, 544), (147, 112, 96), (148, 208, 32), (149, 80, 1056), (150, 128, 544)],
 )  # fmt: skip
 def test_products(dtype, activation, rows, columns, inner):
@@ -190,10 +192,10 @@ def test_products(dtype, activation, rows, columns, inner):
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize(("rows", "fewer"), [(9, 1), (300, 151)])
+@pytest.mark.parametrize(("rows", "fewer"), [(8, 1), (93, 16), (300, 151)])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_products_do_not_depend_on_other_rows_or_threads(rows, fewer, threads):
-    """A row's bits do not depend on the number of rows, nor on the number of threads."""
+    """In each of the three products a row's bits do not depend on the number of rows, nor on the number of threads."""
     x, weight, bias = torch.randn(rows, 544), torch.randn(144, 544), torch.randn(144)
     together, before = cpp.linear(x, weight, bias, "gelu"), torch.get_num_threads()
     try:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import pkgutil
 import signal
@@ -51,10 +52,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code."""
+    """Runs one command. Returns the exit code.
+
+    argv: the arguments; None takes those of the process, which then ends with this command.
+    """
     _open_standard_descriptors()
     args = build_parser().parse_args(argv)
-    return run_command(args.run, args)
+    code = run_command(args.run, args)
+    if argv is None:
+        gc.freeze()  # Python collects garbage once more at exit, which takes 0.2 s with torch's objects
+    return code
 
 
 def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import math
 import os
 import sys
@@ -226,9 +227,25 @@ def shown(value: float | None) -> str:
 
 def load_encoder(args: argparse.Namespace, **others: Any) -> Any:
     """The Encoder for the arguments of `add_model_arguments`; `others` override them."""
-    from ..encoding.encoder import Encoder
+    with no_collections():
+        from ..encoding.encoder import Encoder
 
-    return Encoder.from_pretrained(**{**encoder_options(args), **others})
+        return Encoder.from_pretrained(**{**encoder_options(args), **others})
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Switches off Python's garbage collector, which visits all objects several times while torch is imported and a
+    model is built, and finds hardly any garbage. Afterwards they count as old, so that it visits them rarely."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.freeze()
+            gc.unfreeze()  # puts all frozen objects into the oldest generation
+            gc.enable()
 
 
 def encoder_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -33,6 +33,8 @@ _NO_LIMIT = 10**9  # transformers writes 1e30 where a model has no maximum lengt
 _KEPT_TRUNCATIONS = 8
 # Texts in one call from which on `fast_ids` is set up, which costs as much as tokenising 2,000 short texts.
 _WORTH_FAST_IDS = 256
+# Texts in one call from which on a truncating copy of the backend is made, in 20 ms, even if no text is too long.
+_WORTH_TRUNCATING = 64
 
 
 class Encoded:
@@ -258,6 +260,10 @@ class Tokenizer:
             return encoded(self._fast_ids, texts, max_length=max_length, side=self._truncation_side)
         backend = self._backend
         if max_length is not None:
+            if len(texts) < _WORTH_TRUNCATING and (max_length, "longest_first", 0) not in self._truncating:
+                ids = [e.ids for e in encoded(backend.encode_batch_fast, texts, add_special_tokens=True)]
+                if all(len(one) <= max_length for one in ids):
+                    return ids
             backend = self._backend_for(max_length, "longest_first", 0, special)
         return [e.ids for e in encoded(backend.encode_batch_fast, texts, add_special_tokens=True)]
 

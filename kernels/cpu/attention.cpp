@@ -1,6 +1,6 @@
-// Packed attention, one head at a time. K of a head is transposed once, so that a register has the same element of
-// several keys. Then, for six rows of queries at a time, all scores, the softmax in place, dropout and the product with
-// V are computed. All data of a head stays in the core's own cache. `attention.py` calls this.
+// Packed attention, one head at a time. K of a head is transposed once, in blocks of KEYS keys, so that a register has the
+// same element of several keys. Then, for six rows of queries at a time, all scores, the softmax in place, dropout and the
+// product with V are computed. All data of a head stays in the core's own cache. `attention.py` calls this.
 //
 // softmax_stats [2, heads, tokens] lets the backward pass compute a row's probabilities from its scores: the maximum of
 // the scaled scores in log2 units, and 1 / the sum of exp2(score - maximum). One number, lse, would be rounded like the
@@ -12,6 +12,9 @@
 namespace {
 
 constexpr int ROWS = BLOCK_ROWS;  // query rows that are computed at a time
+constexpr int KEYS = BLOCK_REGISTERS * WIDTH;  // keys whose scores are computed at a time
+// Length from which on float32 values are copied, so that they are contiguous: every six rows of queries read all of them.
+constexpr int FAR_APART = 640;
 
 // scores [M, keys] of M rows of q, with stride q_stride, and N registers of keys, k [lanes, k_stride]. most: updated with
 // the maximum of each row and lane. tail: which lanes of the last register are keys. This and `value_tile` are separate
@@ -52,10 +55,11 @@ inline Floats keep_seen(float* scores, int keys, int first, int row, Window wind
     return most;
 }
 
-// M rows from `row` on with `length` keys from `first` on; k and v begin with key `first`.
+// M rows from `row` on with `length` keys from `first` on, a multiple of WIDTH. k: all keys of the sequence, k_count with
+// the zeros behind them; v begins with key `first`.
 template <class T, int M>
 void rows_of_head(
-    const typename T::Element* q, int64_t q_stride, const float* k, int64_t k_stride, const float* v,
+    const typename T::Element* q, int64_t q_stride, const float* k, int k_count, const float* v,
     int64_t v_stride, int row, int first, int length, int head_dim, Window window, float scale_log2,
     const Dropout* dropout, const uint64_t* row_keys, float* scores, typename T::Element* p, typename T::Element* o,
     int64_t o_stride, float* shifts, float* factors
@@ -65,12 +69,16 @@ void rows_of_head(
     const Mask tail = first_lanes(length - (keys - WIDTH));
     Floats most[M];
     for (int i = 0; i < M; ++i) most[i] = floats(-std::numeric_limits<float>::infinity());
-    over_registers<BLOCK_REGISTERS>(keys, [&](auto registers, int key) {
-        const bool is_last = key + registers * WIDTH == keys;
+    const auto scores_of = [&](auto registers, int key) {
+        const int block = (first + key) / KEYS * KEYS;
         score_tile<T, M, registers>(
-            q, q_stride, k + key, k_stride, lanes, keys, scores + key, is_last, tail, most
+            q, q_stride, k + (int64_t)block * lanes + (first + key - block), std::min(KEYS, k_count - block), lanes, keys,
+            scores + key, key + registers * WIDTH == keys, tail, most
         );
-    });
+    };
+    const int before = std::min((KEYS - first % KEYS) % KEYS, keys);  // keys before the first whole block
+    over_registers<BLOCK_REGISTERS>(before, scores_of);
+    over_registers<BLOCK_REGISTERS>(keys - before, [&](auto registers, int key) { scores_of(registers, before + key); });
     if (window.is_bounded())
         for (int i = 0; i < M; ++i) most[i] = keep_seen(scores + i * keys, keys, first, row + i, window);
     float factor[M];
@@ -114,25 +122,36 @@ int attention(
             for (int row = 0; row < queries; ++row) std::fill_n(out + row * o_token, head_dim, Element(0));
         if (queries == 0 || length == 0) return;
         const int keys = round_up(length, WIDTH), kv_head = head / (heads / kv_heads);
-        const size_t of_keys = (size_t)keys * head_dim / T::PER_LANE;  // floats of the keys, and of the pairs of values
+        const int lanes = head_dim / T::PER_LANE;
+        const size_t of_keys = (size_t)keys * lanes;  // floats of the keys, and of the values
         if (!scratch.reserve(sizeof(float) * (2 * of_keys + head_dim + 2 * ROWS * (size_t)keys))) {
             failed = true;
             return;
         }
         Parts parts(scratch);
         float* keys_transposed = parts.floats(of_keys);
-        float* values_paired = parts.floats(T::PER_LANE == 2 ? of_keys : 0);
+        const bool copies = T::PER_LANE == 2 || length >= FAR_APART;
+        float* values_copied = parts.floats(copies ? of_keys : 0);
         float* scores = parts.floats(ROWS * (size_t)keys);
-        Element* p = (Element*)parts.floats(ROWS * (size_t)keys / T::PER_LANE);
+        // float32 probabilities take the place of their scores
+        Element* p = T::PER_LANE == 1 ? (Element*)scores : (Element*)parts.floats(ROWS * (size_t)keys / T::PER_LANE);
 
         const Element* keys_of_head = k + start_k * k_token + kv_head * k_head;
-        transpose_rows<T>(keys_of_head, k_token, length, keys, head_dim, keys_transposed);
+        for (int key = 0; key < length; key += KEYS)
+            transpose_rows<T>(
+                keys_of_head + key * k_token, k_token, std::min(KEYS, length - key), std::min(KEYS, keys - key), head_dim,
+                keys_transposed + (int64_t)key * lanes
+            );
         const Element* of_head = v + start_k * v_token + kv_head * v_head;
         const float* values = (const float*)of_head;
         int64_t v_stride = v_token;
-        if constexpr (T::PER_LANE == 2) {
-            pair_rows(of_head, v_token, length, head_dim, values_paired);
-            values = values_paired;
+        if (copies) {
+            if constexpr (T::PER_LANE == 2)
+                pair_rows(of_head, v_token, length, head_dim, values_copied);
+            else
+                for (int i = 0; i < length; ++i)
+                    std::copy_n(of_head + i * v_token, head_dim, values_copied + (int64_t)i * head_dim);
+            values = values_copied;
             v_stride = head_dim;
         }
         const Element* rows = q + start * q_token + head * q_head;
@@ -158,7 +177,7 @@ int attention(
                 for (int i = 0; i < n; ++i) row_keys[i] = row_key(*dropout, sequence, head, row + i);
 #define OF_ROWS(M)                                                                                                 \
     case M:                                                                                                        \
-        rows_of_head<T, M>(rows + row * q_token, q_token, keys_transposed + first, keys,                           \
+        rows_of_head<T, M>(rows + row * q_token, q_token, keys_transposed, keys,                                   \
                        values + first / T::PER_LANE * v_stride, v_stride, row, first, of_rows, head_dim,       \
                        window, scale * LOG2_E, dropout, row_keys, scores, p, out + row * o_token, o_token,     \
                        shifts, factors);                                                                       \
