@@ -10,6 +10,7 @@ namespace {
 
 // Rows of the products for few rows and for groups of rows.
 constexpr int MOST_FEW_ROWS = 64, LEAST_GROUPED_ROWS = 9, MOST_GROUPED_ROWS = 96;
+constexpr int LONG_LANES = 2048;  // lanes of a row of the weight from which on groups prefetch nothing
 constexpr int AHEAD = 16384;  // bytes of the weight that are prefetched, at least a tile
 constexpr int TILES = 4;  // tiles that share a pass of bias and activation; a single one would wait for each instruction
 constexpr int TILE_ROWS = 4;  // rows of x in a tile
@@ -77,7 +78,8 @@ template <class T>
 constexpr int LEAST_OF_GROUP = T::PER_LANE == 1 ? WIDTH / 2 + 1 : WIDTH - 3;
 
 // sums [WIDTH columns, WIDTH rows] = WIDTH rows of the weight times x [lanes, WIDTH rows]. Meanwhile the rows `first` to
-// `end` of the next tile of the weight are prefetched. A separate function, so that the sums stay in registers.
+// `end` of the next tile of the weight are prefetched, unless they are so long that the processor does this better. A
+// separate function, so that the sums stay in registers.
 template <class T>
 [[gnu::noinline]] void tile_of_group(
     const typename T::Element* weight, int inner, const float* x, int lanes, int first, int end, float (*sums)[WIDTH]
@@ -98,7 +100,9 @@ template <class T>
         const int chunk_end = std::min(chunk + CHUNK, lanes);
         for (int lane = chunk; lane < chunk_end; lane += WIDTH) {
             if (lane + WIDTH < lanes) copy(lane + WIDTH);
-            for (int j = first; j < end; ++j) fetch(weight + (int64_t)(WIDTH + j) * inner + lane * T::PER_LANE);
+            if (lanes < LONG_LANES)
+                for (int j = first; j < end; ++j)
+                    __builtin_prefetch(weight + (int64_t)(WIDTH + j) * inner + lane * T::PER_LANE, 0, 3);
             const float (*of_weight)[WIDTH] = copies[lane / WIDTH % 2];
 #pragma GCC unroll 4
             for (int i = 0; i < WIDTH; ++i) {
