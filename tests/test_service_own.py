@@ -104,6 +104,8 @@ def test_a_models_address_does_the_models_task(client):
     assert len(client.post("/models/feelings", {"inputs": "a", "parameters": {"top_k": 2}}).json()[0]) == 2
     assert len(client.post("/models/feelings", {"inputs": "a", "parameters": {"candidate_labels": ["x", "y"]}}
                            ).json()) == 2  # fmt: skip
+    long = {"inputs": "a " * 99, "parameters": {"candidate_labels": ["x", "y", "z"]}}
+    assert client.post("/models/feelings", long).headers["x-truncated-texts"] == "3"
     assert client.post("/models/masks", {"inputs": "[MASK]", "parameters": {}}).json()[0]["token_str"]
     assert np.shape(client.post("/models/masks", {"inputs": "a"}).json()) == (1, 32)
     assert client.post("/models/answers", {"inputs": {"question": "a", "context": "b"}}).json()["answer"]

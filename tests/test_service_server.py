@@ -196,6 +196,21 @@ def test_a_request_has_no_more_time_than_the_server_gives(served, monkeypatch, c
     assert reply.json()["error"]["type"] == "server_error"
 
 
+def test_an_answered_request_leaves_no_timer(served, monkeypatch):
+    """A timer would keep the texts and vectors of its request in memory for two minutes."""
+    client, timers = served("texts"), []
+    call_later = client.loop.call_later
+
+    def kept(*given, **options):
+        timers.append(call_later(*given, **options))
+        return timers[-1]
+
+    monkeypatch.setattr(client.loop, "call_later", kept)
+    assert client.post("/embed", {"inputs": "a"}).status == 200
+    assert len(timers) > 0
+    assert all(timer.cancelled() for timer in timers if timer.when() > client.loop.time())
+
+
 def test_batch_invariance_gives_the_same_bits_alone_and_together(served):
     client = served("texts")
     with batch_invariant():
