@@ -282,7 +282,7 @@ def test_a_pruned_folder_is_read_by_all_programs(teacher, data, tmp_path, capsys
     out = tmp_path / "out"
     assert run("prune", teacher, "-o", out, "--heads", "0:1,3;1:0,1,2,3;2:2") == 0
     said = capsys.readouterr().out
-    assert "heads of the layers: 2, 0, 3" in said
+    assert "heads left in the layers: 2, 0, 3" in said
     assert "transformers cannot read this folder" in said
     assert sorted(p.name for p in out.iterdir()) == sorted([*(p.name for p in teacher.iterdir()), HISTORY])
     record = json.loads((out / HISTORY).read_text())["steps"][0]

@@ -168,7 +168,7 @@ def test_the_calibrated_model_is_kept_if_training_does_not_help(
     monkeypatch.setattr(training_run, "is_better", lambda value, best: best is None)
     out = tmp_path / "out"
     assert run("quantize", teacher, "-o", out, "--train", data, "--eval", data, "--lr", "1e-3") == 0
-    assert ", after epoch 0, the best" in capsys.readouterr().out
+    assert " after epoch 0, which is the best" in capsys.readouterr().out
     first, last = (row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "scores" in row)
     assert (first["step"], first["best"], last["best"]) == (0, True, False)
     assert json.loads((out / "report.json").read_text())["scores"] == first["scores"]

@@ -182,7 +182,7 @@ def print_report(report: dict[str, Any], out: Path) -> None:
     print(f"{examples:,} examples in {windows:,} windows, epochs: {epochs}, seed {report['seed']}")
     if report.get("scores"):
         whole, best, metric = report["evaluation examples"], report["best epoch"], report["metric"]
-        print(f"of {whole:,} examples of {report['eval']}, after epoch {best}, the best of these by {metric}:")
+        print(f"scores on {whole:,} examples of {report['eval']} after epoch {best}, which is the best by {metric}:")
     for name, value in (report.get("scores") or {}).items():
         print(f"  {name:<20} {shown(value):>9}   {report['definitions'][name]}")
     if "seeds" in report:

@@ -228,7 +228,9 @@ def _print(report: dict[str, Any], out: Path) -> None:
         f"{report['steps']:,} steps, seed {report['seed']}"
     )
     if report["scores"]:
-        print(f"of {', '.join(report['eval'])}, where a word alone has {report['unigram entropy']:.4f} nats:")
+        print(
+            f"scores on {', '.join(report['eval'])} (entropy of single tokens: {report['unigram entropy']:.4f} nats):"
+        )
         for name, value in report["scores"].items():
             print(f"  {name:<24} {shown(value):>10}   {report['definitions'][name]}")
     for name in ("unknown share", "sentences in no pair", "tokens joined by the segmenter"):

@@ -142,7 +142,7 @@ def _print(record: dict[str, Any], out: Path) -> None:
     for what, unit in (("parameters", ""), ("bytes", " bytes")):
         share = after[what] / before[what]
         print(f"{before[what]:,}{unit or ' ' + what} -> {after[what]:,}{unit or ' ' + what} ({share:.0%})")
-    print(f"heads of the layers: {', '.join(map(str, record['heads of layers']))}")
+    print(f"heads left in the layers: {', '.join(map(str, record['heads of layers']))}")
     if record["heads"]:
         print(f"removed heads: {record['heads']}")
     if record["feed-forward columns"]:

@@ -64,9 +64,9 @@ class MaskedWords:
                 "masked_accuracy": _mean(found["right"], found["guessed"]),
             },
             {
-                "masked_loss": f"nats a masked token, of {found['guessed']:,}",
+                "masked_loss": f"nats: the mean over {found['guessed']:,} masked tokens",
                 "perplexity": "exp(masked_loss): the number of equally probable words with the same loss",
-                "masked_accuracy": "masked tokens whose likeliest word is right",
+                "masked_accuracy": "share of masked tokens whose most probable word is right",
             },
         )  # fmt: skip
 
@@ -144,9 +144,9 @@ class ReplacedWords(MaskedWords):
                 "generator_loss": loss, "generator_perplexity": math.exp(min(loss, 700.0)),
             },
             {
-                "detection_auc": f"ROC: how often a replaced token scores above another, of {len(told):,} tokens",
-                "detection_f1": f"of replaced tokens, {replaced.mean():.1%} of all",
-                "generator_loss": f"nats a masked token, of {found['guessed']:,}",
+                "detection_auc": f"area under ROC: how often a replaced token scores above another, {len(told):,} tokens",
+                "detection_f1": f"F1 of replaced tokens, which are {replaced.mean():.1%} of all tokens",
+                "generator_loss": f"nats: the mean over {found['guessed']:,} masked tokens",
                 "generator_perplexity": "exp(generator_loss)",
             },
         )  # fmt: skip
