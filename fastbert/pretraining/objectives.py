@@ -144,7 +144,7 @@ class ReplacedWords(MaskedWords):
                 "generator_loss": loss, "generator_perplexity": math.exp(min(loss, 700.0)),
             },
             {
-                "detection_auc": f"under ROC: how often a replaced token scores above another, {len(told):,} tokens",
+                "detection_auc": f"area under ROC, {len(told):,} tokens: how often a replaced one scores above another",
                 "detection_f1": f"F1 of replaced tokens, which are {replaced.mean():.1%} of all tokens",
                 "generator_loss": f"nats: the mean over {found['guessed']:,} masked tokens",
                 "generator_perplexity": "exp(generator_loss)",
