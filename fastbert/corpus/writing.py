@@ -27,6 +27,12 @@ PLAIN, PACKED, LEVEL = "NONE", "ZSTD", 3  # compression makes vectors hardly sma
 KINDS = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
 
 
+def reads_null_vectors() -> bool:
+    """Whether this pyarrow can read null vectors from Parquet. Version 25, the last one for Python 3.10, raises
+    "Expected all lists to be of size=..." for any fixed-size list that is null, also in files of its own."""
+    return int(pa.__version__.split(".")[0]) >= 26
+
+
 def schema_of_part(kept: pa.Schema, job: Job, description: Mapping[str, Any], source: Mapping[str, Any]) -> pa.Schema:
     """The kept columns, then those of the vectors. `description` and `source` become JSON in the metadata "fastbert".
 
