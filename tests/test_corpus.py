@@ -188,8 +188,8 @@ def test_rows_without_texts(nulls, folder, encoder, tmp_path):
 
 
 def test_a_null_vector_that_pyarrow_could_not_read_is_refused(folder, encoder, tmp_path, monkeypatch):
-    """pyarrow 25, the newest one for Python 3.10, writes null vectors and cannot read them: a search failed at files that
-    had just been written."""
+    """pyarrow 25, the newest one for Python 3.10, writes null vectors and cannot read them: a search failed at files
+    that had just been written."""
     monkeypatch.setattr(pa, "__version__", "25.0.1")
     path = write(tmp_path / "a.parquet", pa.table({"text": ["a", None]}))
     (outcome,) = encode(folder, [path], tmp_path / "out", encoder)

@@ -261,16 +261,18 @@ class CorpusEncoder:
             first += len(texts)
 
     def _text(self, window: Window, row: int, text: str | None) -> str | None:
-        """The text to encode for a row, or None if it gets no vector. Raises: InputError if `nulls` is "refuse", or if it
-        is "null" and this pyarrow could not read the file."""
+        """The text to encode for a row, or None if it gets no vector.
+
+        Raises: InputError if `nulls` is "refuse", or if it is "null" and this pyarrow could not read the file.
+        """
         if text is not None and (text.strip() or not self.job.empty_is_null):
             return text
         if self.job.nulls == "refuse":
             raise InputError(f"{self._place(window, row)}: there is no text; --nulls says what to make of that")
         if self.job.nulls == "null" and not reads_null_vectors():
             raise InputError(
-                f"{self._place(window, row)}: there is no text, and pyarrow {pa.__version__} cannot read the null vector "
-                "that such a row gets by default; use --nulls fill, encode or refuse, or pyarrow 26 (Python 3.11)"
+                f"{self._place(window, row)}: there is no text, and pyarrow {pa.__version__} cannot read the null "
+                "vector that such a row gets by default: use --nulls fill, encode or refuse, or pyarrow 26"
             )
         return "" if self.job.nulls == "encode" else None
 
