@@ -118,6 +118,29 @@ def test_a_bad_text_fails_alone():
     run(test)
 
 
+def test_a_batch_may_have_pieces_of_several_lanes():
+    """Each lane gets its own, also of one request, and an error in one does not reach the other."""
+
+    async def test():
+        async with Rig() as rig:
+            await rig.blocked()
+            other = Doubler()
+            pieces = [Piece(rig.lane, 1, 10), Piece(other, 2, 10), Piece(rig.lane, 3, 10)]
+            jobs = [Job(rig.queue, lambda: Prepared(pieces, [10] * 3), 30), rig.ask(4)]
+            jobs.append(Job(rig.queue, lambda: Prepared([Piece(other, -5, 10)], [10]), 10))
+            rig.engine.submit(jobs[0])
+            rig.engine.submit(jobs[2])
+            await rig.settled(jobs)
+            rig.lane.open.set()
+            assert await jobs[0].answer == [2, 4, 6]
+            assert await jobs[1].answer == [8]
+            with pytest.raises(ServiceError):
+                await jobs[2].answer
+            assert sorted(n for batch in rig.lane.batches for n in batch) == [0, 1, 3, 4]
+
+    run(test)
+
+
 def test_a_text_that_cannot_be_tokenised_fails_alone():
     async def test():
         async with Rig() as rig:

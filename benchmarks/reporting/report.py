@@ -242,7 +242,7 @@ def whole_models(devices: list[Device]) -> str:
             ours, peer = case.ours, case.peer
             if case.suite in ("encoder", "training") and case.rows[0]["workload"].endswith("_natural") and ours:
                 rows.append((
-                    case.name, device.name, f"{ours['tokens_per_second']:,.0f}",
+                    case.name, device.slug, f"{ours['tokens_per_second']:,.0f}",
                     f"{peer['row']}: {peer['tokens_per_second']:,.0f}" if peer else "none", ratio(peer),
                 ))  # fmt: skip
     head = ("whole models, real tokens/s", "machine", "fastbert", "best of the others", "their time / ours (95%)")
