@@ -81,8 +81,10 @@ def test_limits(served):
     assert "--max-queue-tokens" in client.post("/embed", {"inputs": ["a b c"] * 3}).json()["error"]
     client.service.open = 1  # as if another request were open
     reply = client.post("/embed", {"inputs": "a"})
+    of_openai = client.post("/v1/embeddings", {"input": "a"}).json()["error"]
     client.service.open = 0
     assert (reply.status, reply.headers["retry-after"]) == (429, "1")
+    assert of_openai["type"] == "rate_limit_error"
 
 
 def test_only_a_long_unread_body_closes_the_connection(served):
