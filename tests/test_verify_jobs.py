@@ -78,7 +78,7 @@ def test_results_are_the_same_with_any_number_of_jobs(tmp_path):
 FAULTS = {
     "fp32": ("os.kill(os.getpid(), 11)", "the process ended: SIGSEGV"),
     "fp16": ("os._exit(7)", "the process ended: exit code 7"),
-    "bf16": ("time.sleep(1e6)", "not done after 8 s"),
+    "bf16": ("time.sleep(1e6)", "not done after 30 s"),
 }
 
 
@@ -89,7 +89,7 @@ def test_a_case_that_crashes_affects_no_other_case(tmp_path):
     }
     fault = f"exec({of!r}[str(x.dtype).split('.')[1]])"
     dtypes = [word for name in FAULTS for word in ("--dtype", name)]
-    code, out, found = verified(tmp_path, "--op", "pool", *dtypes, "--jobs", "2", "--case-seconds", "8", fault=fault)
+    code, out, found = verified(tmp_path, "--op", "pool", *dtypes, "--jobs", "2", "--case-seconds", "30", fault=fault)
     assert code == 1
     assert "6 FAILED" in out  # both directions of the operator in each dtype
     for dtype, (_, message) in FAULTS.items():
