@@ -27,12 +27,16 @@ class PlainBert(nn.Module):
         weight, bias = self.of(name)
         return tf.layer_norm(x, weight.shape, weight, bias, self.eps)
 
+    def of_token_types(self, table: Tensor, input_ids: Tensor) -> Tensor:
+        """The vectors of the tokens' types, all 0. One row: exported models look up no types."""
+        return table[0]
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         table = "embeddings/{}_embeddings/weight"
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = tf.embedding(input_ids, self.weights[table.format("word")])
         x = x + tf.embedding(positions, self.weights[table.format("position")])
-        x = x + self.weights[table.format("token_type")][0]
+        x = x + self.of_token_types(self.weights[table.format("token_type")], input_ids)
         x = self.norm(x, "embeddings.LayerNorm")
         allowed = (attention_mask != 0)[:, None, None, :]
         for n in range(self.layers):
@@ -58,6 +62,10 @@ class PlainMaskedLM(PlainBert):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.requires_grad_()
+
+    def of_token_types(self, table: Tensor, input_ids: Tensor) -> Tensor:
+        """As models usually look them up, since this decides how exact the table's gradient is in bfloat16."""
+        return tf.embedding(torch.zeros_like(input_ids), table)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         hidden = super().forward(input_ids, attention_mask)

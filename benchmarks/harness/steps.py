@@ -45,12 +45,18 @@ def labelled(job: Job) -> tuple[Tensor, Tensor]:
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
-    """The gradient of all parameters as one vector, in the order of their names, which all models share but for "bert."
-    before those of the encoder."""
+    """The gradient of all parameters but the table of token types as one vector, and that of this table.
+
+    Parameters are in the order of their names, which all models share but for "bert." before those of the encoder. On
+    a CPU torch adds up an embedding's gradient in the table's dtype, and all tokens have type 0. In bfloat16 that sum
+    has an error of 15% (972 tokens), which would hide errors of all other parameters.
+    """
     named = {
         name.replace("/", ".").removeprefix("weights.").removeprefix("bert."): p for name, p in model.named_parameters()
     }
-    return [torch.cat([named[name].grad.flatten() for name in sorted(named)])]
+    alone = "embeddings.token_type_embeddings.weight"
+    others = torch.cat([named[name].grad.flatten() for name in sorted(named) if name != alone])
+    return [others, named[alone].grad.flatten()]
 
 
 def linear_products(shape: ModelShape, dtype: torch.dtype, most: int, most_guessed: int) -> Callable[[int, int], None]:

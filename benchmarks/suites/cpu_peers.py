@@ -117,13 +117,13 @@ def ids_of_texts(count: int) -> list[list[int]]:
     return sorted(texts, key=len)
 
 
-def save(shape: tuple[int, int, int, int], folder: Path) -> None:
+def save(shape: tuple[int, int, int, int], folder: Path, positions: int = 512) -> None:
     """Writes a model in the form of transformers 4, with the key that CTranslate2's converter needs."""
     width, layers, heads, inner = shape
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=WORDS, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=inner,
+        intermediate_size=inner, max_position_embeddings=positions,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     file = folder / "config.json"
@@ -176,11 +176,11 @@ def in_batches(run: RunBatches, most: int, ids: Ids) -> np.ndarray:
 class Mean(nn.Module):
     """A model with the mean over a text's tokens as part of its graph."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, attention: str):
         super().__init__()
         from transformers import BertModel as TheirBert
 
-        self.bert = TheirBert.from_pretrained(folder, attn_implementation="eager", add_pooling_layer=False).eval()
+        self.bert = TheirBert.from_pretrained(folder, attn_implementation=attention, add_pooling_layer=False).eval()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -188,25 +188,27 @@ class Mean(nn.Module):
         return (hidden * mask).sum(1) / mask.sum(1)
 
 
-def exported(saved: Path, folder: Path) -> Path:
+def exported(saved: Path, folder: Path, attention: str = "eager") -> Path:
     """The model as ONNX, with dynamic sizes."""
-    file = folder / "model.onnx"
+    file = folder / ("model.onnx" if attention == "eager" else f"{attention}.onnx")
     if not file.exists():
         names, sizes = ("input_ids", "attention_mask", "vectors"), {0: "batch", 1: "length"}
         example = torch.ones(2, 8, dtype=torch.int64, device="cpu"), torch.ones(2, 8, dtype=torch.int64, device="cpu")
         torch.onnx.export(
-            Mean(saved), example, str(file), dynamo=False, input_names=names[:2], output_names=names[2:],
+            Mean(saved, attention), example, str(file), dynamo=False, input_names=names[:2], output_names=names[2:],
             dynamic_axes={names[0]: sizes, names[1]: sizes, names[2]: {0: "batch"}}, opset_version=17,
         )  # fmt: skip
     return file
 
 
-def openvino(saved: Path, folder: Path, precision: str) -> RunBatches:
+def openvino(saved: Path, folder: Path, precision: str, attention: str = "eager") -> RunBatches:
     import openvino as ov
 
     file = folder / ("openvino.xml" if precision == "int8" else "openvino-float.xml")
+    if attention != "eager":
+        file = file.with_stem(f"{file.stem}-{attention}")
     if not file.exists():
-        model = ov.Core().read_model(exported(saved, folder))
+        model = ov.Core().read_model(exported(saved, folder, attention))
         if precision == "int8":
             import nncf
 

@@ -39,6 +39,7 @@ INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 LARGEST = 127
 QUAD = 4  # adjacent elements of a weight's row that one instruction multiplies
 GROUP = 128  # the most adjacent elements of a row that share a scale, or a step
+WIDE_ROWS, WIDE_GROUP = (768,), 256  # rows of these sizes have longer groups: BERT-base's hidden width
 TORCH_BLOCK = 256  # rows of one call of oneDNN's product, so that its intermediate results stay in the cache
 SMALLEST = 1e-30  # the least scale; where max z - low of a group is less, all of its elements are quantised to 0
 # SHARE: the exponent in `balance`; 0 leaves the differences between columns in x, 1 moves them into the weight.
@@ -97,7 +98,8 @@ def engine() -> str:
 
 def group_of(inner: int) -> int:
     """How many elements of a row of `inner` elements, a multiple of 16, share a scale in C++."""
-    return next(group for group in range(min(inner, GROUP), 0, -1) if inner % group == 0 and group % WIDTH == 0)
+    most = min(inner, WIDE_GROUP if inner in WIDE_ROWS else GROUP)
+    return next(group for group in range(most, 0, -1) if inner % group == 0 and group % WIDTH == 0)
 
 
 def balance(mean_squares: Tensor, weight: Tensor) -> Tensor:
