@@ -14,6 +14,9 @@ from torch import Tensor, nn
 LARGE = 2 << 20  # bytes of a large page
 LEAST = 4 * LARGE  # least bytes of all moved parameters; below, the copy is not worth it
 LINE = 64  # bytes of a cache line; every parameter begins at a multiple
+# Elements that torch converts on the calling thread alone; longer copies are shared among OpenMP's threads. On a busy
+# machine each such copy waits for threads that the system runs late, a hundred times for a model.
+PIECE = 32768
 
 
 def move_to_large_pages(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -38,7 +41,9 @@ def move_to_large_pages(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _at(memory: mmap.mmap, offset: int, t: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of t in this dtype, placed at byte `offset` of the memory."""
     copy = torch.frombuffer(memory, dtype=dtype, count=t.numel(), offset=offset)
-    return copy.view(t.shape).copy_(t.detach())
+    for piece, source in zip(copy.split(PIECE), t.detach().reshape(-1).split(PIECE), strict=True):
+        piece.copy_(source)
+    return copy.view(t.shape)
 
 
 def _large_pages(size: int) -> mmap.mmap | None:
