@@ -6,7 +6,7 @@ import random
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from fastbert.text import cutting
+from fastbert.text import cutting, kinds
 from fastbert.text.cutting import Cutter
 from fastbert.text.tokenizer import Tokenizer as OurTokenizer
 
@@ -53,6 +53,7 @@ ALPHABETS = {
 def backend(lowercase=True, chinese=True, accents=None, added=()) -> Tokenizer:
     pieces = [*"abcdefgxyz0189ABCXYZ.,[]#中文字。", "ab", "xyz", "foo", "new", "york"]
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *(f"##{piece}" for piece in pieces), "##\u0301"]
+    vocab += ["##\U0001d165", "##\U0001d16d"]  # marks of music, which normalisation sorts
     tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocab)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(
         lowercase=lowercase, handle_chinese_chars=chinese, strip_accents=accents
@@ -256,19 +257,144 @@ def test_what_nanotoken_does_not_support_is_left_to_tokenizers(fast, monkeypatch
     assert OurTokenizer(backend())._fast_ids is None
 
 
-def test_texts_are_searched_in_pieces(monkeypatch):
-    """A search cannot be interrupted either. A match across the border of two pieces counts once, and only a space at
-    the end of a piece may be missed."""
+# ---- long words, and long gaps -----------------------------------------------------------------------------
+
+RUNS = [
+    "a", "\u0301", " ", "\x00", "\u200b", "e\u0301", "\x00 ", "\u0301 \u0327", "\u034f\u0301", "中", "\U0002a6d6", "。",
+    ".", "]", "[", "é", "각", "İ", "≠", "ﬁ", "ไ", "😀", "\ufffd", "\U00016ff0", "\U0001d165\u0301", "ु", "ि", "\u3000",
+    "\n", "q\x7f",
+]  # fmt: skip
+
+
+def text_with_runs(draw: random.Random) -> str:
+    """Parts of which some are one character, or two, many times over."""
+    parts = []
+    for _ in range(draw.choice((1, 1, 2, 3, 6))):
+        kind = draw.random()
+        if kind < 0.5:
+            parts.append(draw.choice(RUNS) * draw.choice((1, 3, 40, 200, 700)))
+        elif kind < 0.7:
+            parts.append("".join(draw.choices(draw.choices(RUNS, k=2), k=draw.choice((20, 200, 700)))))
+        elif kind < 0.85:
+            parts.append("".join(draw.choices([*LETTERS, "\u0301", "\x00"], k=draw.choice((20, 200, 700)))))
+        elif kind < 0.95:
+            parts.append("".join(draw.choices(ALPHABETS["all"], k=draw.choice((1, 10, 60)))))
+        else:
+            parts.append(draw.choice(WORDS) + draw.choice(("\x00", "\u0301")) * 90 + draw.choice(LETTERS) * 90)
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_shortening_changes_no_id(name, side, monkeypatch):
+    """Texts with long words and gaps, of characters that normalisation drops, doubles or sorts."""
+    made = BACKENDS[name]()
+    made.model.max_input_chars_per_word = 9
+    ours, plain = OurTokenizer(made, {"truncation_side": side}), BACKENDS[name]()
+    plain.model.max_input_chars_per_word = 9
+    draw = random.Random("runs " + name + side)
+    shorter = 0
+    for _ in range(max(STRINGS // len(BACKENDS), 1)):
+        monkeypatch.setattr(kinds, "_CHUNK", draw.choice((97, 150, 400, 65_536)))
+        text, length = text_with_runs(draw), draw.choice((3, 4, 7, 12, 30))
+        plain.no_truncation()
+        whole = plain.encode(text).ids
+        shortened = ours._cutter._kinds.shortened(text)
+        assert plain.encode(shortened).ids == whole, repr(text)
+        plain.enable_truncation(length, direction=side)
+        assert ours.input_ids([text], length) == [plain.encode(text).ids], repr(text)
+        for kept in (1, 2, draw.choice((5, 12, 30))):
+            for part, of in ((whole[1:-1][:kept], ours._cutter._kinds.beginning),
+                             (whole[1:-1][-kept:], ours._cutter._kinds.ending)):  # fmt: skip
+                plain.no_truncation()
+                ids = plain.encode(of(text, kept, draw.random() < 0.5), add_special_tokens=False).ids
+                assert (ids[:kept] if of.__name__ == "beginning" else ids[-kept:]) == part, (repr(text), kept)
+                assert len(ids) > kept or ids == whole[1:-1]
+        # A service sees by one token more whether a text is too long.
+        assert len(ours.input_ids([text], length + 1)[0]) == min(len(whole), length + 1)
+        shorter += len(shortened) < len(text) / 2
+    assert shorter > 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_shortened_pairs_have_the_same_ids(name, side, monkeypatch):
+    monkeypatch.setattr(cutting, "_WORTH_SHORTENING", 0)
+    ours, plain = OurTokenizer(BACKENDS[name](), {"truncation_side": side}), BACKENDS[name]()
+    draw = random.Random("pairs " + name + side)
+    shorter = 0
+    for _ in range(max(STRINGS // len(BACKENDS) // 8, 1)):
+        length = draw.choice((5, 6, 8, 13, 20))
+        texts = [text_with_runs(draw) if draw.random() < 0.7 else "a b" for _ in range(2)]
+        plain.no_truncation()
+        whole = plain.encode(*texts)
+        same = plain.encode(*ours.shortened(*texts))
+        assert (same.ids, same.type_ids) == (whole.ids, whole.type_ids)
+        plain.enable_truncation(length, direction=side)
+        whole, short = plain.encode(*texts), ours.shortened(*texts, length)
+        same = plain.encode(*short)
+        assert (same.ids, same.type_ids) == (whole.ids, whole.type_ids), (texts, length)
+        assert bool(same.overflowing) == bool(whole.overflowing)
+        shorter += sum(map(len, short)) < sum(map(len, texts))
+    assert shorter > 0
+
+
+def test_a_mark_that_parts_others_stays(monkeypatch):
+    """Normalisation sorts the marks of music unless U+034F stands between them, and then drops U+034F."""
+    made = backend()
+    of = kinds.Kinds(made)
+    monkeypatch.setattr(kinds, "_CHUNK", 1000)
+    accents = "\u0301" * 2000
+    text = " " * 997 + "ba\U0001d16d" + accents + "\u034f" + accents + "\U0001d165"
+    assert len(of.shortened(text)) < 2000
+    assert made.encode(of.shortened(text)).tokens == made.encode(text).tokens
+    assert made.encode(text).tokens != made.encode(text.replace("\u034f", "")).tokens
+
+
+def test_an_added_token_of_letters_keeps_long_words_whole():
+    """It could stand in the middle of one."""
+    ours, plain = (OurTokenizer(backend(added=["foo"])) for _ in range(2))
+    text = "x" * 5000 + "foo" + "x" * 5000
+    assert ours._cutter._kinds.shortened(text) == text
+    assert ours.input_ids([text], 8) == [plain._backend.encode(text).ids]
+    assert len(ours.input_ids([text], 8)[0]) == 5
+
+
+MEGABYTES = {
+    "a word": "ab1" * 1_000_000, "a word without end": "x" * 3_000_000 + " a", "spaces": " \t" * 1_500_000 + "a",
+    "accents": "\u0301" * 1_500_000, "letters with accents": "e\u0301" * 1_000_000, "control": "\x00\x7f" * 1_500_000,
+    "chinese": "漢字" * 500_000, "rare chinese": "\U0002a6d6" * 750_000, "full stops": "。" * 1_000_000,
+    "hangul": "각" * 1_000_000, "opening brackets": "[" * 3_000_000,
+    "words after a word": "x" * 1_500_000 + " a" * 750_000,
+    "smileys": "😀" * 750_000, "thai": "ไ" * 1_000_000, "accents behind a mark": "." + "\u0301" * 1_500_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_little_of_a_text_of_megabytes_is_tokenised(name, side):
+    """At most ten characters a token, and the ids are those of the whole text."""
+    tokenizer = OurTokenizer(backend(), {"truncation_side": side})
+    long, cutter = MEGABYTES[name], tokenizer._cutter
+    cut = cutter.text(long, 254, True) if side == "right" else cutter.ending(long, 254, True)
+    assert len(cut) < 2560
+    short = long[:1000] + long[-1000:]
+    ids = tokenizer._backend.encode(short, add_special_tokens=False).ids
+    kept = 16 if len(ids) > 16 else len(ids)
+    found = tokenizer.input_ids([long], 256)[0][1:-1]
+    assert found[:kept] == ids[:kept] if side == "right" else found[-kept:] == ids[-kept:]
+
+
+def test_texts_are_looked_at_in_chunks(monkeypatch):
+    """At the end of a chunk only a space may be missed, so that the text is cut a little later."""
     tokenizer = OurTokenizer.from_words(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"], lowercase=True)
-    cutter = tokenizer._cutter
+    of = tokenizer._cutter._kinds
     for text in ("a a \u4e00\u4e00, a" * 40, "a " * 300, "\u4e00" * 300):
-        whole = cutter.text(text, 20)
-        exact = {match.start() for match in cutter._boundaries(text)}
+        whole = of.beginning(text, 20, False)
+        assert text.startswith(whole)
+        assert len(whole) < len(text)
+        assert of.beginning(text, 2000, False) is text  # `pair` asks by `is` whether anything was cut
         for size in (1, 2, 3, 7, 50):
-            monkeypatch.setattr(cutting, "_SEARCHED", size)
-            found = [match.start() for match in cutter._boundaries(text)]
-            assert found == sorted({*found})
-            assert exact.issuperset(found)
-            assert all(text[n] == " " and (n + 1) % size == 0 for n in exact.difference(found))
-            assert cutter.text(text, 20).startswith(whole)
+            monkeypatch.setattr(kinds, "_CHUNK", size)
+            assert of.beginning(text, 20, False).startswith(whole)
         monkeypatch.undo()

@@ -12,16 +12,20 @@ without tokenising:
 Added tokens ("[MASK]") are searched in the text before it is split into words. A kind of boundary that an added token
 could contain is not used; where no kind is left, texts are not cut. An added token that depends on what follows it
 (spaces, or a letter) may change if it is the last before the cut, so one token more than is kept stands before the cut.
+
+Where such boundaries are rare, as in a text that is one long word, the kinds of all characters are looked at.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from itertools import chain, islice
+from functools import cached_property
+from itertools import islice
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
+
+from .kinds import Kinds
 
 # Characters that remain letters when a text is lower-cased or stripped of accents: Latin, Greek, Cyrillic, Hebrew,
 # Arabic, Devanagari, kana and Hangul, without the marks and signs between them.
@@ -38,25 +42,38 @@ _CHINESE = "(?=[\u3400-\u4dbf\u4e00-\u9fff])"
 _CHARACTERS_PER_TOKEN = 8
 # Most tokens of one character outside ASCII: normalisation makes up to four characters of it, each possibly a token.
 _TOKENS_PER_CHARACTER = 4
-# Characters searched at once, which takes 30 ms: Python handles no signal during a search.
-_SEARCHED = 1_000_000
+# Characters per wanted token in which boundaries are searched one by one.
+_SEARCHED_PER_TOKEN = 64
+# Characters of a text from which on it is searched for long words and gaps.
+_WORTH_SHORTENING = 16_384
 
 
 class Cutter:
     """Cuts texts for one tokenizer. Its added tokens and its normalizer must not change afterwards."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
         self._boundary = _boundary_of(backend)
 
-    def text(self, text: str, tokens: int) -> str:
-        """The text, or a beginning of it with the same first `tokens` tokens and at least one more token."""
+    @cached_property
+    def _kinds(self) -> Kinds:
+        return Kinds(self._backend)
+
+    def text(self, text: str, tokens: int, shorten: bool = False) -> str:
+        """The text, or a beginning of it with the same first `tokens` tokens and at least one more token.
+
+        shorten: whether characters within may be left out as well, which changes the places of the tokens.
+        """
         if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
             return text
         # The first boundary can be the start of the text, so n + 1 tokens stand before boundary n + 2.
-        boundary = next(islice(self._boundaries(text), tokens + 1, None), None)
-        return text if boundary is None else text[: boundary.start()]
+        boundaries = self._boundary.finditer(text, 0, _SEARCHED_PER_TOKEN * (tokens + 1))
+        boundary = next(islice(boundaries, tokens + 1, None), None)
+        if boundary is not None:
+            return text[: boundary.start()]
+        return self._kinds.beginning(text, tokens, shorten)
 
-    def ending(self, text: str, tokens: int) -> str:
+    def ending(self, text: str, tokens: int, shorten: bool = False) -> str:
         """The text, or an end of it with the same last `tokens` tokens and at least one more token.
 
         As in `text`, there is at least one token from one boundary to the next.
@@ -64,46 +81,47 @@ class Cutter:
         if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
             return text
         size = _CHARACTERS_PER_TOKEN * (tokens + 1)
-        while size < len(text):
-            start = len(text) - size
-            boundaries = [match.start() for match in self._boundaries(text, start)]
+        while size <= _SEARCHED_PER_TOKEN * (tokens + 1):
+            start = max(len(text) - size, 0)
+            boundaries = [match.start() for match in self._boundary.finditer(text, start)]
             if len(boundaries) > tokens + 1:
                 return text[boundaries[-tokens - 2] :]
             size *= 2
-        return text
+        return self._kinds.ending(text, tokens, shorten)
 
-    def _boundaries(self, text: str, start: int = 0) -> Iterator[re.Match[str]]:
-        """Boundaries from `start` on, in order. A space at the very end of a searched piece is missed, so that a text
-        may be cut a little later than possible."""
-        pieces = range(start, len(text), _SEARCHED)
-        return chain.from_iterable(self._boundary.finditer(text, at, at + _SEARCHED) for at in pieces)
+    def shortened(self, text: str) -> str:
+        """A text with the same tokens, at other places: without the middle of long words and gaps."""
+        if self._boundary is None or len(text) <= _WORTH_SHORTENING:
+            return text
+        return self._kinds.shortened(text)
 
-    def texts(self, texts: list[str], tokens: int) -> list[str]:
+    def texts(self, texts: list[str], tokens: int, shorten: bool = False) -> list[str]:
         """`text` of each."""
         if self._boundary is None or max(map(len, texts), default=0) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
             return texts
-        return [self.text(text, tokens) for text in texts]
+        return [self.text(text, tokens, shorten) for text in texts]
 
-    def pair(self, first: str, second: str, tokens: int, strategy: str) -> tuple[str, str]:
-        """A pair that truncates to the same `tokens` tokens by this strategy."""
+    def pair(self, first: str, second: str, tokens: int, strategy: str, is_ending: bool = False) -> tuple[str, str]:
+        """A pair that truncates to the same `tokens` tokens by this strategy; is_ending: if ends of texts are kept."""
+        part = self.ending if is_ending else self.text
         if strategy == "only_first":
-            return self.text(first, tokens), second
+            return part(first, tokens), second
         if strategy == "only_second":
-            return first, self.text(second, tokens)
+            return first, part(second, tokens)
         # longest_first takes tokens from the longer text until both have the same number. If the limit is odd, the text
         # that was longer keeps the odd token, so the cut texts must not change which one is longer.
-        short_first, short_second = self.text(first, tokens), self.text(second, tokens)
+        short_first, short_second = part(first, tokens), part(second, tokens)
         if short_first is not first and short_second is not second:
             if tokens % 2 == 0:
                 return short_first, short_second
-            if self.text(second, _most_tokens(first)) is not second:  # the second text certainly has more tokens
-                return short_first, self.text(second, _most_tokens(short_first))
-            if self.text(first, _most_tokens(second)) is not first:
-                return self.text(first, _most_tokens(short_second)), short_second
+            if part(second, _most_tokens(first)) is not second:  # the second text certainly has more tokens
+                return short_first, part(second, _most_tokens(short_first))
+            if part(first, _most_tokens(second)) is not first:
+                return part(first, _most_tokens(short_second)), short_second
             return first, second
         if short_second is not second:
-            return first, self.text(second, max(tokens, _most_tokens(first)))
-        return self.text(first, max(tokens, _most_tokens(second))), second
+            return first, part(second, max(tokens, _most_tokens(first)))
+        return part(first, max(tokens, _most_tokens(second))), second
 
 
 def _most_tokens(text: str) -> int:

@@ -252,9 +252,9 @@ class Tokenizer:
         if max_length is not None:
             _expect_lengths(max_length, 0, special)
             if self._keeps_beginnings:
-                texts = self._cutter.texts(texts, max_length - special)
+                texts = self._cutter.texts(texts, max_length - special, shorten=True)
             else:
-                texts = [self._cutter.ending(text, max_length - special) for text in texts]
+                texts = [self._cutter.ending(text, max_length - special, shorten=True) for text in texts]
         is_made = "_fast_ids" in self.__dict__
         if (is_made or len(texts) >= _WORTH_FAST_IDS) and self._fast_ids is not None:
             return encoded(self._fast_ids, texts, max_length=max_length, side=self._truncation_side)
@@ -270,6 +270,18 @@ class Tokenizer:
     @cached_property
     def _fast_ids(self) -> IdsOf | None:
         return fast_ids(self._backend)
+
+    def shortened(self, first: str, second: str, max_length: int | None = None) -> tuple[str, str]:
+        """A pair of texts with the same ids, and offsets of its own; a text of megabytes takes milliseconds.
+
+        The middle of gaps, and of words that are [UNK] because they are too long, is left out, and what truncation to
+        `max_length` tokens cuts off.
+        """
+        first, second = map(self._cutter.shortened, (first, second))
+        if max_length is None:
+            return first, second
+        kept = max_length - self._backend.num_special_tokens_to_add(True)
+        return self._cutter.pair(first, second, kept, "longest_first", not self._keeps_beginnings)
 
     def tokenize(self, text: str) -> list[str]:
         """The pieces of a text, without special tokens."""

@@ -98,15 +98,17 @@ class Texts:
 
         most: tokens of a second text at most. Its end is cut off first, whatever `truncate` and `side` say.
         """
-        shortened = [False] * len(seconds)
+        tokenizer, shortened = self._of_side[side or self.side], [False] * len(seconds)
         if most is not None and most < self.limit:
+            seconds = [self._of_side["right"].shortened("", text)[1] for text in seconds]
             found, _ = self._encodings((seconds,), True, "right", add_special_tokens=False)
             shortened = [len(encoding.ids) > most for encoding in found]
             seconds = [
                 text[: encoding.offsets[most - 1][1]] if is_cut else text
                 for text, encoding, is_cut in zip(seconds, found, shortened, strict=True)
             ]
-        found, cut = self._encodings((firsts, seconds), truncate, side)
+        pairs = [tokenizer.shortened(*pair, self.limit) for pair in zip(firsts, seconds, strict=True)]
+        found, cut = self._encodings(tuple(zip(*pairs, strict=True)), truncate, side)
         return found, sum(map(max, cut, shortened))
 
     def encodings(self, texts: Sequence[str], truncate: bool, special: bool) -> tuple[list[Any], int]:
