@@ -119,6 +119,27 @@ def test_a_server_from_start_to_end(server):
         server.ask("GET", "/live")
 
 
+def test_half_a_body_does_not_delay_the_end(server):
+    """Its request is not accepted, and was waited for until --timeout. A body that arrives soon is."""
+    accepted = server.send({"inputs": ["a b c d e f g h " * 9] * 300, "dimensions": 2})
+    half = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
+    half.sendall(b'POST /embed HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{"inputs": ')
+    head = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
+    head.sendall(b"POST /embed HTTP/1.1\r\nhost: x\r\n")
+    began = time.monotonic()
+    while server.waiting()[0] < 2:
+        assert time.monotonic() < began + PATIENCE
+    server.process.send_signal(signal.SIGTERM)
+    with contextlib.closing(accepted), contextlib.closing(half), contextlib.closing(head):
+        reply = b"".join(everything(half))
+        assert reply.startswith(b"HTTP/1.1 503")
+        assert b"\r\nconnection: close\r\n" in reply.lower()
+        assert json.loads(reply.partition(b"\r\n\r\n")[2])["error_type"] == "Unhealthy"
+        assert b"".join(everything(accepted)).startswith(b"HTTP/1.1 200")
+        assert everything(head) == []
+    assert server.process.wait(PATIENCE) == 0
+
+
 def test_errors_at_the_start_are_one_line(tmp_path, capsys, monkeypatch):
     resolve = socket.getaddrinfo
 

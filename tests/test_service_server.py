@@ -13,6 +13,7 @@ pytest.importorskip("starlette", reason="needs the serve extra")
 import orjson
 
 from fastbert import batch_invariant
+from fastbert.service import service
 from fastbert.service.app import WAYS, as_json
 from fastbert.service.engine import Engine
 from fastbert.service.errors import ServiceError
@@ -135,6 +136,27 @@ def test_a_body_that_does_not_arrive_times_out(served):
     assert reply.status == 504
     assert "body" in reply.json()["error"]
     assert client.service.open == 0
+
+
+def test_a_body_has_a_little_time_when_the_server_stops(served, monkeypatch):
+    """Also one that begins to arrive after that; one that arrives in time is accepted."""
+    monkeypatch.setattr(service, "GRACE", 0.05)
+    client = served("texts")
+    try:
+        first = client.start("POST", "/embed", b'{"inp', more=True)
+        while not client.service._reading:
+            time.sleep(0.001)
+        client.service.begin_to_stop()
+        second = client.start("POST", "/embed", b'{"inp', more=True)
+        third = client.start("POST", "/embed", {"inputs": "a"})
+        for reply in (first.result(30), second.result(30)):
+            assert (reply.status, reply.headers["connection"], reply.headers["retry-after"]) == (503, "close", "1")
+            assert reply.json()["error_type"] == "Unhealthy"
+        assert third.result(30).status == 200
+        assert client.service._reading == {}
+        assert client.service.open == 0
+    finally:
+        client.service.is_stopping = False
 
 
 def test_a_late_request_gets_an_error_and_leaves_the_queue(served):

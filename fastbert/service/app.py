@@ -100,7 +100,8 @@ class Endpoint:
         except ServiceError as error:
             status, body = form(error)
             content, headers = [orjson.dumps(body)], error.headers()
-            if way.method == "POST" and call.has_long_rest:  # the transport reads and discards the rest, up to a bound
+            is_unread = service.is_stopping and not call.is_read
+            if way.method == "POST" and (call.has_long_rest or is_unread):  # the transport discards some of the rest
                 headers.append((b"connection", b"close"))
             service.metrics.count("te_request_failure", err=error.kind)
         except Gone:

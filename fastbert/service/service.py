@@ -26,6 +26,7 @@ from .work.texts import announced, length_of
 
 log = logging.getLogger("fastbert.service")
 MANY = 1_000_000  # number of batches with which `flights_of` is asked: a busy server always has more
+GRACE = 1.0  # seconds for the rest of a body when the server is stopping: its request is not accepted yet
 SHORT_REST = 65_536  # most unread bytes of a body with which a connection is kept after the answer
 
 
@@ -41,6 +42,7 @@ class Call:
         body: the JSON object of the request.
         timeout: seconds for the request, counted from `began`.
         report: headers of the reply with times, tokens, and the number of cut texts.
+        is_dropped: whether the body is not read to its end, because the server is stopping.
     """
 
     def __init__(self, name: str, scope: dict, receive: Callable[[], Awaitable[dict]]):
@@ -50,7 +52,7 @@ class Call:
         self.began = time.perf_counter()
         self.report: list[tuple[bytes, bytes]] = []
         self.texts = self.tokens = self.cut = 0
-        self.is_read = False
+        self.is_read = self.is_dropped = False
 
     @property
     def has_long_rest(self) -> bool:
@@ -112,6 +114,7 @@ class Service:
         self.is_warm = self.is_stopping = False
         self.failure: str | None = None
         self.version, self.created = __version__, int(time.time())
+        self._reading: dict[asyncio.Future, Call] = {}  # the bodies that are being read
         self._aside = ThreadPoolExecutor(1, "aside")
         self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
 
@@ -145,6 +148,17 @@ class Service:
             self.is_warm = True
             log.info("ready")
 
+    def begin_to_stop(self) -> None:
+        """From now on /ready fails, and bodies have GRACE seconds to arrive. May be called by a signal's handler."""
+        self.is_stopping = True
+        if self.engine is not None:
+            self.engine.loop.call_soon_threadsafe(self.engine.loop.call_later, GRACE, self._drop_reading)
+
+    def _drop_reading(self) -> None:
+        for reading, call in self._reading.items():
+            call.is_dropped = True
+            reading.cancel()
+
     async def stop(self) -> None:
         """Ends the threads after the accepted requests, while the event loop continues."""
         self.is_stopping = True
@@ -171,10 +185,20 @@ class Service:
         """Reads the body. Raises like `Call.read`, and ServiceError for a body that does not arrive in time: otherwise
         a client that stops in the middle of a body would remain an open request for ever."""
         timeout = self.timeout_of(call)
+        reading = asyncio.ensure_future(call.read(self.settings.payload_limit))
+        self._reading[reading] = call
         try:
-            await asyncio.wait_for(call.read(self.settings.payload_limit), timeout)
-        except asyncio.TimeoutError:
+            await asyncio.wait_for(reading, min(timeout, GRACE) if self.is_stopping else timeout)
+        except (asyncio.TimeoutError, asyncio.CancelledError) as error:
+            if call.is_dropped or (self.is_stopping and isinstance(error, asyncio.TimeoutError)):
+                raise ServiceError(
+                    "not_ready", "the server is stopping, and the request's body has not arrived", retry_after=1
+                ) from None
+            if isinstance(error, asyncio.CancelledError):
+                raise
             raise ServiceError("late", f"the request's body did not come within {timeout:g} seconds") from None
+        finally:
+            del self._reading[reading]
 
     def expect_count(self, texts: Sequence[Any]) -> None:
         """Raises ServiceError if a request has too many texts."""

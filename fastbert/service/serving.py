@@ -43,7 +43,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self.service.is_stopping = True  # /ready fails from now on, while accepted requests are answered
+        self.service.begin_to_stop()
         super().handle_exit(sig, frame)
 
 
