@@ -172,16 +172,23 @@ def run_adamw(rng: random.Random) -> str | None:
     by = adamw.numbers(rng.randrange(1, 9), 1e-2, (0.9, 0.999), 1e-8, decay, scale)
     resting = [adamw.at_rest(of[0], not of[2].any() and not of[3].any()) for of in tensors]
     columns = [list(column) for column in zip(*tensors, strict=True)]
+    counts = [torch.zeros((), dtype=torch.float32, device="cpu") for _ in tensors]
+
+    def step() -> None:
+        p, g, *moments = columns
+        update = adamw.Update(p, *moments, counts, resting, [0] * len(tensors))
+        update.step(g, [touched_rows(t, rng) for t in g], [by])
+
     if rng.random() < 0.25:
         columns[rng.randrange(4)][0] = torch.empty(3, dtype=dtype, device="cpu")
         try:
-            adamw.step(*columns, resting, [by] * len(tensors))
+            step()
         except REFUSALS:
             return None
         return "a step of tensors of different sizes was taken"
     wide = [[t.double() for t in column] for column in columns]
-    norm = adamw.norm(columns[1])
-    adamw.step(*columns, resting, [by] * len(tensors))
+    norm = adamw.norm(columns[1], [touched_rows(g, rng) for g in columns[1]])
+    step()
     true = torch.cat([g.flatten() for g in wide[1]]).norm().item()
     if not abs(norm - true) <= SLACK[torch.float32] * true:
         return f"the norm is {norm:.7g}, in float64 {true:.7g}"
@@ -205,6 +212,13 @@ def at_an_offset(t: Tensor, rng: random.Random) -> Tensor:
     flat = t.new_empty(t.numel() + offset)
     flat[offset:] = t.flatten()
     return flat[offset:].view(t.shape)
+
+
+def touched_rows(g: Tensor, rng: random.Random) -> Tensor | None:
+    """Which rows of a gradient may be other than zero; or None, which says nothing."""
+    if g.dim() != 2 or rng.random() < 0.5:
+        return None
+    return ((g != 0).any(1) | (torch.rand(len(g), device="cpu") < 0.2)).to(torch.uint8)
 
 
 def draw_layer(rng: random.Random) -> tuple[str, dict[str, Any]]:

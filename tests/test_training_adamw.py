@@ -91,7 +91,7 @@ def test_rows_that_never_had_a_gradient_only_decay(decay):
     given = parameters()
     optimizer = trained(AdamW, given, 2, decay)
     table = given["table"]
-    state, moved = optimizer.state[table], optimizer._resting[table].blocks == 0
+    state, moved = optimizer.state[table], optimizer._plan.resting[0] == 0
     assert 0 < moved.sum() < len(table)
     assert torch.equal(moved, (state["exp_avg"] != 0).any(1))
     before = table.detach().clone()
@@ -160,7 +160,7 @@ OTHERS = {
 def test_torch_computes_what_the_cpp_does_not_support(why, monkeypatch):
     if why == "no C++":
         monkeypatch.setattr(cpp, "dtypes", tuple)
-    monkeypatch.setattr(one_pass, "step", lambda *given: pytest.fail("C++ was asked"))
+    monkeypatch.setattr(one_pass.Update, "step", lambda *given: pytest.fail("C++ was asked"))
     found = []
     for kind in (AdamW, torch.optim.AdamW):
         torch.manual_seed(0)
@@ -238,14 +238,23 @@ def test_the_norm_is_that_of_all_gradients():
 @pytest.mark.cpp
 def test_wrong_sizes_are_refused():
     p, by = torch.zeros(4, 6), one_pass.numbers(1, 1e-3, (0.9, 0.999), 1e-8, 0.0, 1.0)
+    count, three = torch.zeros(()), torch.zeros(3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="exp_avg must be on the CPU"):
-        one_pass.step([p], [p], [p[:2]], [p], [None], [by])
-    with pytest.raises(TypeError, match="gradient must be"):
-        one_pass.step([p], [p.double()], [p], [p], [None], [by])
+        one_pass.Update([p], [p[:2]], [p], [count], [None], [0])
     with pytest.raises(ValueError, match="at_rest must be"):
-        one_pass.step([p], [p], [p], [p], [torch.zeros(3, dtype=torch.uint8)], [by])
+        one_pass.Update([p], [p], [p], [count], [three], [0])
+    with pytest.raises(TypeError, match="step must be"):
+        one_pass.Update([p], [p], [p], [count.double()], [None], [0])
+    update = one_pass.Update([p], [p], [p], [count], [None], [0])
+    with pytest.raises(TypeError, match="gradient must be"):
+        update.step([p.double()], [None], [by])
+    with pytest.raises(ValueError, match="its parameter's shape"):
+        update.step([p.view(6, 4)], [None], [by])
+    with pytest.raises(ValueError, match="touched must be"):
+        update.step([p], [three], [by])
     with pytest.raises(ValueError, match="numbers for 0"):
-        one_pass.step([p], [p], [p], [p], [None], [])
+        update.step([p], [None], [])
+    assert count == 0
 
 
 @pytest.mark.once
@@ -259,3 +268,88 @@ def test_a_step_by_torch_changes_version_counters():
     before = [t._version for t in watched]
     optimizer.step()
     assert all(t._version > version for t, version in zip(watched, before, strict=True))
+
+
+# ---- a plan and what it does not know -------------------------------------------------------------------
+
+
+def change_nothing(given, optimizer):
+    pass
+
+
+def other_memory(given, optimizer):
+    given["matrix"].data = given["matrix"].detach().clone() + 1.0
+
+
+def no_gradient(given, optimizer):
+    given["matrix"].grad = None
+
+
+def another_group(given, optimizer):
+    given["new"] = torch.nn.Parameter(torch.ones(3, 4, dtype=torch.float32, device="cpu"))
+    given["new"].grad = torch.ones_like(given["new"])
+    optimizer.add_param_group({"params": [given["new"]]})
+
+
+def strided(given, optimizer):
+    given["matrix"].grad = given["matrix"].grad.t().contiguous().t()
+
+
+def written_count(given, optimizer):
+    optimizer.state[given["matrix"]]["step"].add_(3)
+
+
+def replaced_state(given, optimizer):
+    optimizer.state[given["matrix"]] = {name: t.clone() + 1.0 for name, t in optimizer.state[given["matrix"]].items()}
+
+
+def other_options(given, optimizer):
+    optimizer.param_groups[0].update(lr=0.1, betas=(0.7, 0.8), eps=1e-3, weight_decay=0.5)
+
+
+def no_eps(given, optimizer):
+    for p in given.values():
+        p.grad = None if p.grad is None else torch.ones_like(p)
+    optimizer.param_groups[0]["eps"] = 0.0
+
+
+CHANGES = [
+    change_nothing, other_memory, no_gradient, another_group, strided, written_count, replaced_state, other_options,
+    no_eps,
+]  # fmt: skip
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_between_steps_take_effect(change):
+    """A step is prepared once. Whatever differs in a later step is noticed: three steps, the change, two more."""
+    found = []
+    for kind in (AdamW, torch.optim.AdamW):
+        given = parameters()
+        optimizer = trained(kind, given, 3)
+        for step in (3, 4):
+            gradients_of(step, {name: p for name, p in given.items() if name != "new"})
+            if step == 3:
+                change(given, optimizer)
+            optimizer.step()
+        found.append((given, optimizer))
+    (ours, of_ours), (plain, of_plain) = found
+    for name, p in plain.items():
+        torch.testing.assert_close(ours[name], p, rtol=2e-5, atol=1e-7)
+        assert of_ours.state[ours[name]]["step"] == of_plain.state[p]["step"]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(of_ours.state[ours[name]][moment], of_plain.state[p][moment], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.cpp
+def test_a_copied_optimiser_steps_its_own_parameters():
+    given = parameters()
+    optimizer = trained(AdamW, given, 2)
+    copied_given, copied = copy.deepcopy((given, optimizer))
+    before = {name: p.detach().clone() for name, p in given.items()}
+    gradients_of(2, copied_given)
+    copied.step()
+    assert all(torch.equal(p, before[name]) for name, p in given.items())
+    gradients_of(2, given)
+    optimizer.step()
+    assert all(torch.equal(p, copied_given[name]) for name, p in given.items())

@@ -2,36 +2,130 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import adamw as cpp
+from ..functional import table_gradients
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class _Resting(NamedTuple):
-    """Which blocks of a parameter have moments of zero, and the tensors and versions for which that is known."""
-
-    mean: Tensor
-    square: Tensor
-    versions: tuple[int, int]
-    blocks: Tensor
-
-    def is_of(self, mean: Tensor, square: Tensor) -> bool:
-        return self.mean is mean and self.square is square and self.versions == (mean._version, square._version)
+def _choices(group: dict[str, Any]) -> tuple[bool, ...]:
+    """The options of a group that the C++ does not support, and last whether rows can be at rest, which eps 0 forbids."""
+    return (
+        *(bool(group[name]) for name in ("amsgrad", "maximize", "capturable", "differentiable")),
+        any(isinstance(number, Tensor) for number in (group["lr"], *group["betas"])),
+        group["eps"] > 0.0,
+    )
 
 
-class _Given(NamedTuple):
-    """The tensors that one step reads and writes for the parameters of one dtype, in lists of equal length."""
+class _Plan:
+    """A step by the C++ operators, prepared: which tensors it updates, and how to tell that these are still the same.
 
-    parameters: list[Tensor]
-    gradients: list[Tensor]
-    means: list[Tensor]
-    squares: list[Tensor]
-    resting: list[Tensor | None]
-    numbers: list[cpp.Numbers]
+    Attributes:
+        parameters: all of them. has_gradient: for each, whether the step has a gradient for it.
+        updated: those with a gradient; states: their dictionaries of the optimiser's state; moments: two tensors each.
+        resting: for each of `updated`, see `cpp.at_rest`.
+        counts: [index of a group, steps done] for each set of numbers that a step needs.
+    """
+
+    def __init__(self, optimizer: AdamW, gradients: list[Tensor | None], before: _Plan | None) -> None:
+        self.parameters = _parameters(optimizer)
+        self.has_gradient = [g is not None for g in gradients]
+        self.choices = [_choices(group) for group in optimizer.param_groups]
+        of_groups = [place for place, group in enumerate(optimizer.param_groups) for _ in group["params"]]
+        self.indices = [i for i, has in enumerate(self.has_gradient) if has]
+        self.updated = [self.parameters[i] for i in self.indices]
+        self.states = [optimizer.state[p] for p in self.updated]
+        self.steps = [state["step"] for state in self.states]
+        self.moments = [state[name] for state in self.states for name in MOMENTS]
+        self.counts: list[list[float]] = []
+        self.resting: list[Tensor | None] = []
+        places: dict[tuple[int, float], int] = {}
+        parts: dict[torch.dtype, list[int]] = {}
+        of_updated = []
+        for n, (i, p) in enumerate(zip(self.indices, self.updated, strict=True)):
+            group, count = of_groups[i], float(self.steps[n])
+            place = places.setdefault((group, count), len(places))
+            if place == len(self.counts):
+                self.counts.append([group, count])
+            of_updated.append(place)
+            may_rest = self.choices[group][-1]
+            self.resting.append(self._blocks_at_rest(n, p, count, before) if may_rest else None)
+            parts.setdefault(p.dtype, []).append(n)
+        self.parts = [
+            (
+                of_part,
+                cpp.Update(
+                    *([values[n] for n in of_part] for values in (
+                        self.updated, self.moments[::2], self.moments[1::2], self.steps, self.resting, of_updated
+                    ))
+                ),
+            )
+            for of_part in parts.values()
+        ]  # fmt: skip
+        self._note_versions()
+
+    def _note_versions(self) -> None:
+        self.versions = [t._version for t in (*self.steps, *self.moments)]
+
+    def _blocks_at_rest(self, n: int, p: Tensor, count: float, before: _Plan | None) -> Tensor:
+        """The blocks of the plan before if nothing else has written these moments since, else new ones."""
+        mean, square = moments = self.moments[2 * n : 2 * n + 2]
+        if before is not None and (known := before.blocks_of(p, moments)) is not None:
+            return known
+        return cpp.at_rest(p, are_zero=count == 0.0 and not (mean.any() or square.any()))
+
+    def blocks_of(self, p: Tensor, moments: list[Tensor]) -> Tensor | None:
+        """Which blocks of p are at rest, if p has these moments and only this plan has written them."""
+        for n, updated in enumerate(self.updated):
+            if updated is p:
+                noted = self.versions[len(self.steps) + 2 * n :][:2]
+                same = all(map(operator.is_, moments, self.moments[2 * n : 2 * n + 2]))
+                return self.resting[n] if same and noted == [t._version for t in moments] else None
+        return None
+
+    def holds(self, optimizer: AdamW, gradients: list[Tensor | None]) -> bool:
+        """Whether a step would update the same tensors, which only this plan has written, with gradients that fit."""
+        state, present = optimizer.state, [g for g in gradients if g is not None]
+        return (
+            _same(self.parameters, _parameters(optimizer))
+            and self.has_gradient == [g is not None for g in gradients]
+            and self.choices == [_choices(group) for group in optimizer.param_groups]
+            and _same(self.states, [state.get(p) for p in self.updated])
+            and _same(self.steps, [of.get("step") for of in self.states])
+            and _same(self.moments, [of.get(name) for of in self.states for name in MOMENTS])
+            and self.versions == [t._version for t in (*self.steps, *self.moments)]
+            and all(update.takes([present[n] for n in of_part]) for of_part, update in self.parts)
+        )
+
+    def step(self, groups: list[dict[str, Any]], gradients: list[Tensor | None], scale: float) -> None:
+        """Updates the parameters. The gradients are multiplied by `scale`."""
+        present = [g for g in gradients if g is not None]
+        for of in self.counts:
+            of[1] += 1.0
+        by = [
+            cpp.numbers(count, group["lr"], group["betas"], group["eps"], group["weight_decay"], scale)
+            for group, count in ((groups[int(group)], count) for group, count in self.counts)
+        ]
+        for of_part, update in self.parts:
+            of_parts_gradients = [present[n] for n in of_part]
+            update.step(of_parts_gradients, [table_gradients.touched(g) for g in of_parts_gradients], by)
+        torch.autograd.graph.increment_version([*self.updated, *self.moments])
+        self._note_versions()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _same(known: list[Any], found: list[Any]) -> bool:
+    return len(known) == len(found) and all(map(operator.is_, known, found))
 
 
 def _torchs_step() -> Callable[..., Any]:
@@ -62,7 +156,7 @@ class AdamW(torch.optim.AdamW):
         self._forget()
 
     def _forget(self) -> None:
-        self._resting: dict[Tensor, _Resting] = {}
+        self._plan: _Plan | None = None
         self._scale = 1.0
 
     def clip(self, max_norm: float) -> float:
@@ -78,33 +172,50 @@ class AdamW(torch.optim.AdamW):
         if torch.compiler.is_compiling() or not cpp.takes(*gradients) or len({g.dtype for g in gradients}) > 1:
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
             return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2 gives a sharded norm
-        norm = cpp.norm(gradients)
+        norm = cpp.norm(gradients, [table_gradients.touched(g) for g in gradients])
         self._scale = 1.0 if norm + 1e-6 <= max_norm else max_norm / (norm + 1e-6)
         return norm
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step, as torch's."""
-        if closure is not None or not self._takes_all():
+        gradients = [p.grad for p in _parameters(self)]
+        if closure is not None or not self._is_planned(gradients):
             self._scale_gradients()
             loss = _torchs_step()(self, closure)
             if not torch.compiler.is_compiling():
                 self._count_versions()
             return loss
         scale, self._scale = self._scale, 1.0
-        of_dtypes: dict[torch.dtype, _Given] = {}
-        for group in self.param_groups:
-            self._gather(group, scale, of_dtypes)
-        for given in of_dtypes.values():
-            cpp.step(*given)
-            written = [*given.parameters, *given.means, *given.squares]
-            torch.autograd.graph.increment_version(written)
-            for p, mean, square, blocks in zip(
-                given.parameters, given.means, given.squares, given.resting, strict=True
-            ):
-                if blocks is not None:
-                    self._resting[p] = _Resting(mean, square, (mean._version, square._version), blocks)
+        self._plan.step(self.param_groups, gradients, scale)
         return None
+
+    def _is_planned(self, gradients: list[Tensor | None]) -> bool:
+        """Makes a plan for a step with these gradients unless there is one. False if the C++ does not support the options
+        of every group and all tensors."""
+        if torch.compiler.is_compiling() or getattr(self, "found_inf", None) is not None:
+            return False
+        if self._plan is None or not self._plan.holds(self, gradients):
+            before, self._plan = self._plan, None
+            if self._takes(gradients):
+                self._plan = _Plan(self, gradients, before)
+        return self._plan is not None
+
+    def _takes(self, gradients: list[Tensor | None]) -> bool:
+        """Whether the C++ step supports the options of every group and all tensors. If so, all have a state."""
+        if any(any(_choices(group)[:-1]) for group in self.param_groups):
+            return False
+        for p, g in zip(_parameters(self), gradients, strict=True):
+            if g is None:
+                continue
+            state = self.state.get(p, {})
+            tensors = [p, g, *(state[name] for name in MOMENTS if name in state)]
+            if not cpp.takes(*tensors) or len({(t.dtype, t.shape) for t in tensors}) > 1:
+                return False
+        for group in self.param_groups:
+            self._init_group(group, [], [], [], [], [], [])
+        states = [self.state[p] for p, g in zip(_parameters(self), gradients, strict=True) if g is not None]
+        return all(of["step"].dtype == torch.float32 and of["step"].is_cpu for of in states)
 
     def _count_versions(self) -> None:
         """Increments the versions of the tensors that torch's fused step changes without doing so. `_Resting` and
@@ -118,7 +229,13 @@ class AdamW(torch.optim.AdamW):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; also drops the scale of `clip` for a step that was not taken."""
         self._scale = 1.0
-        super().zero_grad(set_to_none)
+        if not set_to_none:
+            super().zero_grad(False)
+            return
+        parameters = _parameters(self)
+        table_gradients.give_back([p.grad for p in parameters if p.grad is not None])
+        for p in parameters:
+            p.grad = None
 
     def _scale_gradients(self) -> None:
         """Applies the scale of `clip` to the gradients for a step that torch computes, as under a GradScaler."""
@@ -126,45 +243,3 @@ class AdamW(torch.optim.AdamW):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if scale != 1.0 and gradients:
             torch._foreach_mul_(gradients, scale)
-
-    def _takes_all(self) -> bool:
-        """Whether the C++ step supports the options of every group and all tensors."""
-        if torch.compiler.is_compiling() or getattr(self, "found_inf", None) is not None:
-            return False
-        for group in self.param_groups:
-            if any(group[name] for name in ("amsgrad", "maximize", "capturable", "differentiable")):
-                return False
-            if any(isinstance(number, Tensor) for number in (group["lr"], *group["betas"])):
-                return False
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state.get(p, {})
-                tensors = [p, p.grad, *(state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)]
-                if not cpp.takes(*tensors) or len({t.dtype for t in tensors}) > 1:
-                    return False
-        return True
-
-    def _gather(self, group: dict[str, Any], scale: float, of_dtypes: dict[torch.dtype, _Given]) -> None:
-        """Adds the parameters of a group that have a gradient to `of_dtypes`, and counts their steps."""
-        parameters, gradients, means, squares, steps = [], [], [], [], []
-        self._init_group(group, parameters, gradients, means, squares, [], steps)
-        if not parameters:
-            return
-        torch._foreach_add_(steps, 1)
-        of_step: dict[float, cpp.Numbers] = {}
-        for p, g, mean, square, count in zip(parameters, gradients, means, squares, map(float, steps), strict=True):
-            if count not in of_step:
-                of_step[count] = cpp.numbers(
-                    count, group["lr"], group["betas"], group["eps"], group["weight_decay"], scale
-                )
-            given = of_dtypes.setdefault(p.dtype, _Given([], [], [], [], [], []))
-            resting = self._blocks_at_rest(p, mean, square, count) if group["eps"] > 0.0 else None
-            for values, value in zip(given, (p, g, mean, square, resting, of_step[count]), strict=True):
-                values.append(value)
-
-    def _blocks_at_rest(self, p: Tensor, mean: Tensor, square: Tensor, count: float) -> Tensor:
-        known = self._resting.get(p)
-        if known is not None and known.is_of(mean, square):
-            return known.blocks
-        return cpp.at_rest(p, are_zero=count == 1.0 and not (mean.any() or square.any()))

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..functional import table_gradients
 from ..inference.eight_bits import holds_integers
 from ..storage import write_atomically
 from .averaging import WeightAverage
@@ -209,7 +210,9 @@ class Loop:
         self.start = time.perf_counter() - self.progress.seconds
         self.shaping.begin(self.model)
         self.shared.train()
-        with _asked_to_stop() as asked:
+        # Gradients that are summed over processes are not those that our backward pass wrote.
+        kept = table_gradients.Kept() if self.processes.count == 1 else nullcontext()
+        with kept, _asked_to_stop() as asked:
             for epoch, count in self.epochs():
                 if self.has_ended():
                     return

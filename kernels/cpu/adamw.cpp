@@ -7,7 +7,7 @@
 //
 // In a word table most rows have no gradient in a step, and many have never had one. Such a row has m = v = 0, so only p
 // can change. A byte for each row says that m and v are zero; then, while the row's gradient is zero too, m and v are
-// neither read nor written.
+// neither read nor written. Where it is known which rows have a gradient, those of the others are not read either.
 
 #include <vector>
 
@@ -46,14 +46,15 @@ bool has_any(const typename T::Element* x, int64_t n) {
     return sum_of(sum) != 0.0f;
 }
 
-// Updates n elements. at_rest: null, or a byte that says whether all of their m and v are zero.
+// Updates n elements. at_rest: null, or a byte that says whether all of their m and v are zero. has_gradient: false if the
+// gradient is known to be zero.
 template <class T>
 void update(
     typename T::Element* p, const typename T::Element* gradient, typename T::Element* m, typename T::Element* v,
-    uint8_t* at_rest, int64_t n, const Numbers& by
+    uint8_t* at_rest, bool has_gradient, int64_t n, const Numbers& by
 ) {
     const Floats keep = floats(by.keep);
-    if (at_rest && *at_rest && !has_any<T>(gradient, n)) {
+    if (at_rest && *at_rest && !(has_gradient && has_any<T>(gradient, n))) {
         if (by.keep != 1.0f)
             for (int64_t i = 0; i < n; i += WIDTH)
                 store_first<T>(p + i, n - i, keep * load_first<T>(p + i, n - i));
@@ -75,21 +76,27 @@ void update(
     if (at_rest) *at_rest = sum_of(moved) == 0.0f;
 }
 
-// pointers: for each tensor p, gradient, m, v, and a byte for each block or null. sizes: its elements, and a block's.
+// pointers: for each tensor p, gradient, m, v; a byte for each block, whether it is at rest, or null; a byte for each
+// block, whether its gradient may be other than zero, or null; the count of its steps. sizes: its elements, those of a
+// block, and the index of its Numbers.
 template <class T>
 void step(const void* const* pointers, const int64_t* sizes, const Numbers* numbers, int count) {
     using Element = typename T::Element;
+    for (int tensor = 0; tensor < count; ++tensor) *(float*)pointers[7 * tensor + 6] += 1.0f;
 #pragma omp parallel
     for (int tensor = 0; tensor < count; ++tensor) {
-        const void* const* of = pointers + 5 * tensor;
-        const int64_t size = sizes[2 * tensor], block = sizes[2 * tensor + 1];
+        const void* const* of = pointers + 7 * tensor;
+        const int64_t size = sizes[3 * tensor], block = sizes[3 * tensor + 1];
+        const Numbers& by = numbers[sizes[3 * tensor + 2]];
         Element *p = (Element*)of[0], *m = (Element*)of[2], *v = (Element*)of[3];
+        const uint8_t* touched = (const uint8_t*)of[5];
         // Rows at rest take less time, and are often adjacent, so blocks are scheduled dynamically.
 #pragma omp for schedule(dynamic, 16) nowait
         for (int64_t first = 0; first < size; first += block)
             update<T>(
                 p + first, (const Element*)of[1] + first, m + first, v + first,
-                of[4] ? (uint8_t*)of[4] + first / block : nullptr, std::min(block, size - first), numbers[tensor]
+                of[4] ? (uint8_t*)of[4] + first / block : nullptr, !touched || touched[first / block],
+                std::min(block, size - first), by
             );
     }
 }
@@ -97,19 +104,26 @@ void step(const void* const* pointers, const int64_t* sizes, const Numbers* numb
 constexpr int64_t BLOCK = 1024;  // one thread sums the squares of this many elements, so the order is always the same
 constexpr int64_t SHORT = 128;   // elements that are summed in float32; longer sums would be less exact
 
-// The sum of the squares of all elements.
+// The sum of the squares of all elements. pointers: for each tensor its elements; a byte for each row, whether it may be
+// other than zero, or null. sizes: its elements, and those of a row.
 template <class T>
 double sum_squares(const void* const* pointers, const int64_t* sizes, int count) {
     std::vector<int64_t> first(count + 1);  // number of each tensor's first block
-    for (int i = 0; i < count; ++i) first[i + 1] = first[i] + (sizes[i] + BLOCK - 1) / BLOCK;
+    for (int i = 0; i < count; ++i) first[i + 1] = first[i] + (sizes[2 * i] + BLOCK - 1) / BLOCK;
     std::vector<double> parts(first[count]);
 #pragma omp parallel
     for (int tensor = 0; tensor < count; ++tensor) {
-        const auto* x = (const typename T::Element*)pointers[tensor];
+        const auto* x = (const typename T::Element*)pointers[2 * tensor];
+        const auto* touched = (const uint8_t*)pointers[2 * tensor + 1];
+        const int64_t size = sizes[2 * tensor], row = sizes[2 * tensor + 1];
 #pragma omp for schedule(static) nowait
-        for (int64_t from = 0; from < sizes[tensor]; from += BLOCK) {
-            const int64_t end = std::min(from + BLOCK, sizes[tensor]);
+        for (int64_t from = 0; from < size; from += BLOCK) {
+            const int64_t end = std::min(from + BLOCK, size);
             double of_block = 0.0;
+            if (touched && std::none_of(touched + from / row, touched + (end - 1) / row + 1, [](uint8_t t) { return t; })) {
+                parts[first[tensor] + from / BLOCK] = 0.0;
+                continue;
+            }
             for (int64_t start = from; start < end; start += SHORT) {
                 Floats sum = floats(0.0f);
                 for (int64_t i = start; i < std::min(start + SHORT, end); i += WIDTH) {

@@ -13,7 +13,6 @@ from torch import Tensor
 from . import operators as cpp
 from .pointers import PLAIN, address, address_or_none, addresses
 
-NAMES = ("parameter", "gradient", "exp_avg", "exp_avg_sq")
 BLOCK = 4096  # elements that `step` updates at a time in a tensor of one dimension
 
 
@@ -42,7 +41,7 @@ def numbers(
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether `step` can update these tensors: dense, contiguous, on the CPU, and of a dtype that the C++ supports."""
+    """Whether the C++ supports these tensors: dense, contiguous, on the CPU, and of a dtype that it computes in."""
     known, strided = cpp.dtypes(), torch.strided
     for t in tensors:
         if not (type(t) in PLAIN and t.layout is strided and t.is_cpu and t.dtype in known and t.is_contiguous()):
@@ -51,51 +50,96 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def block_of(p: Tensor) -> int:
-    """How many elements `step` updates at a time: a row where p has rows, else BLOCK elements."""
+    """How many elements are updated at a time: a row where p has rows, else BLOCK elements."""
     return max(1, p.shape[-1]) if p.dim() > 1 else BLOCK
 
 
 def at_rest(p: Tensor, are_zero: bool) -> Tensor:
-    """A new `resting` tensor for `step`, [blocks of p] uint8. are_zero: m and v of p are known to be zero."""
-    blocks = -(-p.numel() // block_of(p))
-    return torch.full((blocks,), int(are_zero), dtype=torch.uint8, device="cpu")
+    """A new `resting` tensor for `Update`, [blocks of p] uint8. are_zero: m and v of p are known to be zero."""
+    return torch.full((_blocks(p),), int(are_zero), dtype=torch.uint8, device="cpu")
 
 
-def step(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor],
-    resting: Sequence[Tensor | None], by: Sequence[Numbers],
-) -> None:  # fmt: skip
-    """Updates parameters, means and squares in place. All have one dtype, and a parameter's four tensors one shape.
+def _blocks(p: Tensor) -> int:
+    return -(-p.numel() // block_of(p))
 
-    resting: for each parameter the tensor from `at_rest`, which is updated as well, or None where eps is 0.
+
+class Update:
+    """AdamW's steps of some parameters. The tensors are checked here, so that a step checks the gradients alone.
+
+    Args:
+        parameters, means, squares: of one dtype; a parameter, its means and its squares have one shape.
+        counts: the number of steps of each parameter, float32 scalars.
+        resting: for each parameter the tensor from `at_rest`, or None where eps is 0.
+        places: for each parameter, the index of its numbers in the `by` of a step.
+
+    Raises: ValueError or TypeError if a tensor does not fit, or `takes` does not support it.
     """
-    if not parameters:
-        return
-    dtype, shapes = parameters[0].dtype, [p.shape for p in parameters]
-    if len(by) != len(parameters):
-        raise ValueError(f"adamw: got {len(parameters)} parameters, but numbers for {len(by)}")
-    columns = [
-        addresses(tensors, dtype, shapes) or array("Q", [
-            address(name, t, dtype, p.numel()) for t, p in zip(tensors, parameters, strict=True)
-        ])
-        for name, tensors in zip(NAMES, (parameters, gradients, means, squares), strict=True)
-    ]  # fmt: skip
-    pointers, sizes = array("Q"), array("q")
-    for p, rest, *of in zip(parameters, resting, *columns, strict=True):
-        size, block = p.numel(), block_of(p)
-        pointers.extend((*of, address_or_none("at_rest", rest, torch.uint8, -(-size // block)) or 0))
-        sizes.extend((size, block))
-    flat = array("f", [number for of in by for number in of])
-    cpp.call("adamw", dtype, pointers.buffer_info()[0], sizes.buffer_info()[0], flat.buffer_info()[0], len(parameters))
+
+    def __init__(
+        self, parameters: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor],
+        counts: Sequence[Tensor], resting: Sequence[Tensor | None], places: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.dtype, self.shapes, self.most = parameters[0].dtype, [p.shape for p in parameters], max(places)
+        self._held = [*parameters], [*means], [*squares]
+        self._resting, self._counts = [*resting], [*counts]  # addresses do not keep tensors alive
+        self._pointers, self._sizes = array("Q"), array("q")
+        for p, mean, square, count, rest, place in zip(
+            parameters, means, squares, counts, resting, places, strict=True
+        ):
+            size = p.numel()
+            self._pointers.extend((
+                address("parameter", p, self.dtype, size), 0, address("exp_avg", mean, self.dtype, size),
+                address("exp_avg_sq", square, self.dtype, size),
+                address_or_none("at_rest", rest, torch.uint8, _blocks(p)) or 0, 0,
+                address("step", count, torch.float32, 1),
+            ))  # fmt: skip
+            self._sizes.extend((size, block_of(p), place))
+
+    def takes(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether `step` supports these gradients, and parameters and moments still are at the addresses that were
+        checked."""
+        return addresses(gradients, self.dtype, self.shapes) is not None and all(
+            addresses(tensors, self.dtype, self.shapes) == self._pointers[place::7]
+            for place, tensors in zip((0, 2, 3), self._held, strict=True)
+        )
+
+    def step(self, gradients: Sequence[Tensor], touched: Sequence[Tensor | None], by: Sequence[Numbers]) -> None:
+        """Updates parameters, moments, `resting` and `counts` in place.
+
+        touched: for each parameter None, or [rows] uint8, 0 where a row of the gradient is known to be zero.
+
+        Raises: ValueError or TypeError if a gradient does not have its parameter's shape and dtype.
+        """
+        if len(by) <= self.most:
+            raise ValueError(f"adamw: got numbers for {len(by)} places, but a parameter has place {self.most}")
+        found = addresses(gradients, self.dtype, self.shapes)
+        if found is None:
+            for g, p in zip(gradients, self._held[0], strict=True):
+                address("gradient", g, self.dtype, p.numel())
+            raise ValueError("adamw: a gradient does not have its parameter's shape")
+        self._pointers[1::7] = found
+        self._pointers[5::7] = array("Q", [
+            0 if rows is None else address("touched", rows, torch.uint8, _blocks(p))
+            for rows, p in zip(touched, self._held[0], strict=True)
+        ])  # fmt: skip
+        flat = array("f", [number for of in by for number in of])
+        cpp.call(
+            "adamw", self.dtype, self._pointers.buffer_info()[0], self._sizes.buffer_info()[0], flat.buffer_info()[0],
+            len(self.shapes),
+        )  # fmt: skip
 
 
-def norm(gradients: Sequence[Tensor]) -> float:
-    """The square root of the sum of the squares of all elements. All gradients have one dtype."""
+def norm(gradients: Sequence[Tensor], touched: Sequence[Tensor | None]) -> float:
+    """The square root of the sum of the squares of all elements. All gradients have one dtype; touched as in `Update`."""
     if not gradients:
         return 0.0
     dtype, sum_of_squares = gradients[0].dtype, array("d", [0.0])
-    pointers = array("Q", [address("gradient", g, dtype, g.numel()) for g in gradients])
-    sizes = array("q", map(Tensor.numel, gradients))
+    pointers, sizes = array("Q"), array("q")
+    for g, rows in zip(gradients, touched, strict=True):
+        size = g.numel()
+        of_rows = address_or_none("touched", rows, torch.uint8, _blocks(g))
+        pointers.extend((address("gradient", g, dtype, size), of_rows or 0))
+        sizes.extend((size, block_of(g)))
     cpp.call(
         "sum_squares", dtype, pointers.buffer_info()[0], sizes.buffer_info()[0], len(gradients),
         sum_of_squares.buffer_info()[0],

@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx
 from .._library import by_torch, plain_gradients
 from .._random import keep_mask, keep_threshold
 from . import operators as cpp
+from . import table_gradients
 from .library import NORM_BLOCK
 from .pointers import address, address_or_none
 
@@ -86,7 +87,8 @@ def backward(
     new = {"dtype": torch.float32, "device": "cpu"}
     dz = torch.empty(rows, width, **new)
     parts = torch.zeros(max(1, -(-rows // NORM_BLOCK)), 2, width, **new)
-    grads = [torch.empty(t.shape, **new) if want else None for t, want in zip(tables[:3], wanted, strict=True)]
+    of_word, touched = table_gradients.take(tables[0].shape) if wanted[0] else (None, None)
+    grads = [of_word, *(torch.empty(t.shape, **new) if w else None for t, w in zip(tables[1:3], wanted[1:], strict=True))]
     sizes = array("q", map(len, tables[:3]))
     outside = cpp.call(
         "embedding_backward", dtype, *_given(indices, tables, keys, rows, width),
@@ -96,6 +98,7 @@ def backward(
             address_or_none(f"d{name}", grad, torch.float32, table.numel())
             for name, grad, table in zip(TABLES[:3], grads, tables[:3], strict=True)
         ),
+        address_or_none("touched", touched, torch.uint8, len(tables[0])),
         rows, sizes.buffer_info()[0], -1 if padding_idx is None else padding_idx % len(tables[0]), width, eps,
         keep_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
     )  # fmt: skip

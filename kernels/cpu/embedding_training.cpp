@@ -85,12 +85,22 @@ void clear(float* table, int64_t size) {
         std::memset(table + first, 0, sizeof(float) * std::min(PIECE, size - first));
 }
 
+// Sets those rows to zero that may be other than zero, and says so in `touched`. Called like `clear`.
+void clear_touched(float* table, uint8_t* touched, int64_t rows, int width) {
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < rows; ++row) {
+        if (touched[row]) std::memset(table + row * width, 0, sizeof(float) * width);
+        touched[row] = 0;
+    }
+}
+
 // dz [rows, width] is working memory. parts [blocks, 2, width] must be zeros; its first block becomes (dweight, dbias).
 // All elements of the tables' gradients are written; null for those not wanted. The row padding_idx of dword is zero.
+// touched: null, or for each row of dword whether it may be other than zero, before and after; other rows are not written.
 template <class T>
 int backward(
     const Lookups<T>& of, const typename T::Element* dy, float* dz, float* parts, float* dword, float* dsegment,
-    float* dposition, int64_t rows, const int64_t* sizes, int64_t padding_idx
+    float* dposition, uint8_t* touched, int64_t rows, const int64_t* sizes, int64_t padding_idx
 ) {
     if (!lie_in_tables(of, rows, sizes)) return 1;
     const int width = of.width;
@@ -98,8 +108,10 @@ int backward(
     float* tables[] = {dword, dsegment, dposition};
 #pragma omp parallel
     {
-        for (int i = 0; i < 3; ++i)
-            if (tables[i]) clear(tables[i], sizes[i] * width);
+        for (int i = 0; i < 3; ++i) {
+            if (tables[i] && i == 0 && touched) clear_touched(dword, touched, sizes[0], width);
+            else if (tables[i]) clear(tables[i], sizes[i] * width);
+        }
         std::vector<float> xhat(width);
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; ++block) {
@@ -134,6 +146,9 @@ int backward(
                 sum += load(parts + block * 2 * width + i);
             store(parts + i, sum);
         }
+#pragma omp single nowait
+        for (int64_t row = 0; row < (touched ? rows : 0); ++row)
+            if (of.ids[row] != padding_idx) touched[of.ids[row]] = 1;
         auto add = [&](float* table, const int64_t* indices, int64_t row, int i) {
             if (!table) return;
             float* to = table + indices[row] * width + i;
@@ -166,11 +181,11 @@ int backward(
         const int64_t* ids, const int64_t* types, const int64_t* places, const T::Element* word,                    \
         const T::Element* segment, const T::Element* position, const T::Element* weight, const uint64_t* keys,      \
         const T::Element* dy, float* dz, float* parts, float* dword, float* dsegment, float* dposition,             \
-        int64_t rows, const int64_t* sizes, int64_t padding_idx, int width, float eps, uint32_t threshold,          \
-        float scale                                                                                                 \
+        uint8_t* touched, int64_t rows, const int64_t* sizes, int64_t padding_idx, int width, float eps,            \
+        uint32_t threshold, float scale                                                                             \
     ) {                                                                                                             \
         return backward<T>({ids, types, places, word, segment, position, weight, keys, width, eps, threshold, scale}, \
-                           dy, dz, parts, dword, dsegment, dposition, rows, sizes, padding_idx);                    \
+                           dy, dz, parts, dword, dsegment, dposition, touched, rows, sizes, padding_idx);           \
     }
 
 EXPORT_FOR(Float32, float32)

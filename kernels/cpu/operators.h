@@ -166,8 +166,8 @@ struct TrainedLayer {
         const int64_t* ids, const int64_t* types, const int64_t* places, const Element* word,                  \
         const Element* segment, const Element* position, const Element* weight, const uint64_t* keys,          \
         const Element* dy, float* dz, float* parts, float* dword, float* dsegment, float* dposition,           \
-        int64_t rows, const int64_t* sizes, int64_t padding_idx, int width, float eps, uint32_t threshold,     \
-        float scale                                                                                            \
+        uint8_t* touched, int64_t rows, const int64_t* sizes, int64_t padding_idx, int width, float eps,       \
+        uint32_t threshold, float scale                                                                        \
     );                                                                                                         \
     EXPORT int mean_of_sequences_##name(                                                                       \
         const Element* x, const int32_t* starts, Element* y, int sequences, int64_t rows, int width            \

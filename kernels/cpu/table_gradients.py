@@ -1,0 +1,98 @@
+"""Gradients of tables in memory that is used again in each step, with a record of the rows that are not zero.
+
+A step uses some hundreds of the 30,522 rows of a word table, but autograd's gradient has all rows. Within `Kept` blocks
+the gradient is still a whole tensor, but only the rows of the last step and of this one are written, and whoever reads it
+can ask which rows may be other than zero.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .pointers import addresses
+
+
+class _Memory(NamedTuple):
+    """A gradient [rows, width] float32, `touched` [rows] uint8, 0 where a row is zero, and the version of the gradient
+    that this is known for."""
+
+    gradient: Tensor
+    touched: Tensor
+    version: int
+
+
+class Kept:
+    """A block in which the C++ backward pass of embeddings writes a word table's gradient into kept memory.
+
+    Only for a training loop that calls `give_back` before it drops its gradients, and does not read them afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[torch.Size, _Memory] = {}
+        self._given: dict[torch.Size, _Memory] = {}
+
+    def __enter__(self) -> Kept:
+        global _current
+        self._before, _current = _current, self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        _current = self._before
+
+    def take(self, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+        """(gradient, touched) for the backward pass to write. Rows that are not `touched` are zeros. Without `touched`,
+        for a second gradient of this shape before `give_back`, all elements must be written."""
+        if shape in self._given:
+            return torch.empty(shape, dtype=torch.float32, device="cpu"), None
+        kept = self._free.pop(shape, None)
+        if kept is None:
+            gradient = torch.empty(shape, dtype=torch.float32, device="cpu")
+            touched = torch.ones(shape[0], dtype=torch.uint8, device="cpu")
+            kept = _Memory(gradient, touched, gradient._version)
+        self._given[shape] = kept
+        return kept.gradient.detach(), kept.touched  # detach: autograd takes a gradient whose tensor nobody else holds
+
+    def touched(self, gradient: Tensor) -> Tensor | None:
+        """[rows] uint8, 0 where a row of this gradient is zero; None if that is not known."""
+        kept = self._given.get(gradient.shape)
+        if kept is None or gradient._version != kept.version:
+            return None
+        where = addresses([gradient], torch.float32, [gradient.shape])
+        return kept.touched if where == addresses([kept.gradient], torch.float32, [gradient.shape]) else None
+
+    def give_back(self, gradients: list[Tensor]) -> None:
+        """These gradients are no longer needed; the memory of those from `take` may be written again."""
+        if not self._given:
+            return
+        for gradient in gradients:
+            if self.touched(gradient) is not None:
+                self._free[gradient.shape] = self._given[gradient.shape]
+        self._given.clear()  # a gradient that something else wrote into is dropped
+
+
+_current: Kept | None = None
+
+
+def take(shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+    """`Kept.take` of the current block; outside, new memory and None."""
+    if _current is not None:
+        return _current.take(shape)
+    return torch.empty(shape, dtype=torch.float32, device="cpu"), None
+
+
+def touched(gradient: Tensor) -> Tensor | None:
+    """`Kept.touched` of the current block; None outside."""
+    return None if _current is None else _current.touched(gradient)
+
+
+def give_back(gradients: list[Tensor]) -> None:
+    """`Kept.give_back` of the current block; nothing outside."""
+    if _current is not None:
+        _current.give_back(gradients)
