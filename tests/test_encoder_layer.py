@@ -67,7 +67,7 @@ def one_by_one(monkeypatch):
 
     def compose(f):
         with monkeypatch.context() as patch:
-            patch.setattr(stack, "as_one_operator", lambda *_: None)
+            patch.setattr(stack, "as_one_operator", lambda *_, **__: None)
             patch.setattr(
                 F, "linear", lambda x, weight, bias=None, impl=None: torch.nn.functional.linear(x, weight, bias)
             )

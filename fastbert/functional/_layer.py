@@ -27,6 +27,7 @@ def encoder_layer(
     row_ids: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     qkv: Callable[[], tuple[Tensor, Tensor | None]] | None = None,
+    first_only: bool = False,
     impl: Impl | None = None,
 ) -> Tensor | None:
     """A post-norm encoder layer of a packed batch as one operator; None if its operators have to be called one by one.
@@ -45,9 +46,11 @@ def encoder_layer(
         cu_seqlens, max_seqlen, schedule, seed, sequence_ids: as in `attention`; row_ids: as in `add_layer_norm`.
         qkv: returns the joint weight [3A, C] and bias [3A] of query, key and value; called without gradients, so that
             the caller may keep both from pass to pass. By default they are joined in every call.
+        first_only: the result is [B, C], the rows of each sequence's first token, zero for a sequence without tokens.
+            Only the C++ operators have it.
     """
     chosen = choose_impl(impl, x.device)
-    if chosen not in ("triton", "native"):
+    if chosen != "native" and (chosen != "triton" or first_only):
         return None
     module = triton_module("encoder_layer") if chosen == "triton" else cpu_encoder_layer
     taken = module.takes(x, weights, options)
@@ -60,8 +63,9 @@ def encoder_layer(
     expect_integers("encoder_layer", "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
     if chosen == "native":
         return module.encoder_layer(
-            x, weights, cu_seqlens.contiguous(), options, seed=seed, row_ids=row_ids, sequence_ids=sequence_ids
-        )
+            x, weights, cu_seqlens.contiguous(), options,
+            seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, first_only=first_only,
+        )  # fmt: skip
     return module.encoder_layer(
         x, weights, cu_seqlens.contiguous(), max_seqlen, options,
         schedule=schedule, seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, taken=taken, qkv=qkv,

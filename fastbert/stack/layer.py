@@ -52,6 +52,9 @@ def run(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, trainin
 def run_for_first(x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool) -> Tensor:
     """The rows of `run` for each sequence's first token [B, C], in a post-norm layer. Only keys and values are computed
     for the other tokens. The row of a sequence without tokens is arbitrary."""
+    y = as_one_operator(x, layer, drops, shared, index, training, first_only=True)
+    if y is not None:
+        return y
     first = F.pool(x, shared.batch.cu_seqlens, "cls", impl=shared.impl)
     if not layer.has_heads:
         return _after_attention(_of_no_heads(first), first, layer, drops, shared.of_first(), index, training)
@@ -124,8 +127,8 @@ def _feed_forward(x: Tensor, layer: Layer, drops: Drops, shared: Pass, fold: boo
 
 
 def as_one_operator(
-    x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool
-) -> Tensor | None:  # fmt: skip
+    x: Tensor, layer: Layer, drops: Drops, shared: Pass, index: int, training: bool, first_only: bool = False
+) -> Tensor | None:
     """A post-norm layer by `functional.encoder_layer`; None if that operator cannot compute it."""
     if torch.compiler.is_compiling() or (impl := F.choose_impl(shared.impl, x.device)) == "reference":
         return None
@@ -143,7 +146,7 @@ def as_one_operator(
     return F.encoder_layer(
         x, F.LayerWeights(*tensors), shared.batch.cu_seqlens, shared.batch.max_seqlen, options,
         schedule=shared.schedule, seed=shared.seed, row_ids=shared.row_ids, sequence_ids=shared.batch.sequence_ids,
-        impl=shared.impl, qkv=joined_by(layer),
+        impl=shared.impl, qkv=joined_by(layer), first_only=first_only,
     )  # fmt: skip
 
 

@@ -103,6 +103,7 @@ void step(const void* const* pointers, const int64_t* sizes, const Numbers* numb
 
 constexpr int64_t BLOCK = 1024;  // one thread sums the squares of this many elements, so the order is always the same
 constexpr int64_t SHORT = 128;   // elements that are summed in float32; longer sums would be less exact
+constexpr int AT_ONCE = 4;       // such sums that are computed at the same time, since each addition waits for the last
 
 // The sum of the squares of all elements. pointers: for each tensor its elements; a byte for each row, whether it may be
 // other than zero, or null. sizes: its elements, and those of a row.
@@ -124,7 +125,17 @@ double sum_squares(const void* const* pointers, const int64_t* sizes, int count)
                 parts[first[tensor] + from / BLOCK] = 0.0;
                 continue;
             }
-            for (int64_t start = from; start < end; start += SHORT) {
+            int64_t start = from;
+            for (; start + AT_ONCE * SHORT <= end; start += AT_ONCE * SHORT) {
+                Floats sums[AT_ONCE] = {};
+                for (int64_t i = start; i < start + SHORT; i += WIDTH)
+                    for (int n = 0; n < AT_ONCE; ++n) {
+                        const Floats g = T::load(x + i + n * SHORT);
+                        sums[n] = fma(g, g, sums[n]);
+                    }
+                for (const Floats& sum : sums) of_block += sum_of(sum);
+            }
+            for (; start < end; start += SHORT) {
                 Floats sum = floats(0.0f);
                 for (int64_t i = start; i < std::min(start + SHORT, end); i += WIDTH) {
                     const Floats g = load_first<T>(x + i, end - i);

@@ -6,6 +6,9 @@ the same bits as theirs; in a bfloat16 model the node adds the two residual grad
 after. There is one difference where neither x nor query, key and value need a gradient: single operators would then
 save less and use other products, which round otherwise. The node saves the same tensors as always, and its backward
 pass stops where no earlier gradient is needed.
+
+With `first_only` the output has only the row of each sequence's first token, and zeros for a sequence without tokens.
+Only keys and values are then computed for the other tokens.
 """
 
 from __future__ import annotations
@@ -89,8 +92,9 @@ def takes(x: Tensor, weights: LayerWeights, options: LayerOptions) -> bool:
 
 
 def _described(
-    x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype
-) -> _Layer:
+    x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype,
+    first_only: bool,
+) -> _Layer:  # fmt: skip
     """The structure that describes this layer and batch. Raises ValueError on sizes that the C++ does not support."""
     attended, width = weights.query.shape
     for what, size in (("width", width), ("width of attention", attended), ("inner width", len(weights.up))):
@@ -109,7 +113,7 @@ def _described(
         starts, *of_names, seed, options.probs_stream, options.out_stream, options.down_stream,
         *map(keep_threshold, drops), *(1.0 / (1.0 - p) for p in drops), options.out_eps, options.down_eps,
         (attended // options.heads) ** -0.5, sequences, rows, width, attended, len(weights.up), options.heads,
-        cpp.ACTIVATION_NUMBERS[options.activation], cpp.is_wide("x", x.dtype, dtype),
+        cpp.ACTIVATION_NUMBERS[options.activation], cpp.is_wide("x", x.dtype, dtype), first_only,
     )  # fmt: skip
 
 
@@ -138,19 +142,22 @@ def _ran(outcome: int, rows: int, cu_seqlens: Tensor) -> None:
 
 
 def forward(
-    x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(y [T, C], the tensors saved for the backward pass, in one uint8 buffer). Products are computed in `dtype`;
-    x [T, C] and the weights are in `dtype` or float32.
+    x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype,
+    first_only: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [T, C] or with `first_only` [B, C], the tensors saved for the backward pass, in one uint8 buffer). Products are
+    computed in `dtype`; x [T, C] and the weights are in `dtype` or float32.
 
     Raises: ValueError where cu_seqlens does not cut T rows into sequences, or on shapes that do not fit; MemoryError.
     """
-    layer, size = _described(x, weights, names, options, seed, dtype), x.shape[0] * weights.query.shape[1]
-    y, saved, work = torch.empty_like(x), _memory(layer, dtype, SAVED), _memory(layer, dtype, FORWARD)
+    layer, width = _described(x, weights, names, options, seed, dtype, first_only), weights.query.shape[1]
+    y = torch.empty(layer.sequences, width, dtype=x.dtype, device="cpu") if first_only else torch.empty_like(x)
+    saved, work = _memory(layer, dtype, SAVED), _memory(layer, dtype, FORWARD)
     where = _addresses_of(weights)
     outcome = cpp.call(
-        "encoder_layer_forward", dtype, ctypes.addressof(layer), address("x", x, weights.query.dtype, size),
-        where.buffer_info()[0], address("y", y, x.dtype, size),
+        "encoder_layer_forward", dtype, ctypes.addressof(layer),
+        address("x", x, weights.query.dtype, x.shape[0] * width), where.buffer_info()[0],
+        address("y", y, x.dtype, (layer.sequences if first_only else x.shape[0]) * width),
         *(address(name, t, torch.uint8, len(t)) for name, t in (("saved", saved), ("work", work))),
     )  # fmt: skip
     _ran(outcome, x.shape[0], names.cu_seqlens)
@@ -159,11 +166,13 @@ def forward(
 
 def backward(
     dy: Tensor, x: Tensor, weights: LayerWeights, saved: Tensor, names: Names, options: LayerOptions, seed: int,
-    dtype: torch.dtype, wanted: Sequence[bool],
+    dtype: torch.dtype, wanted: Sequence[bool], first_only: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradient of x, and of each weight in float32; None for those that are not wanted."""
     want_x, *of_weights = wanted
-    layer, size = _described(x, weights, names, options, seed, dtype), x.shape[0] * weights.query.shape[1]
+    layer = _described(x, weights, names, options, seed, dtype, first_only)
+    size = x.shape[0] * weights.query.shape[1]
+    of_output = layer.sequences * weights.query.shape[1] if first_only else size
     dx, work, where = torch.empty_like(x), _memory(layer, dtype, BACKWARD), _addresses_of(weights)
     gradients = [
         torch.empty(weight.shape, dtype=torch.float32, device="cpu") if is_wanted else None
@@ -174,7 +183,7 @@ def backward(
         for gradient in gradients
     ])  # fmt: skip
     outcome = cpp.call(
-        "encoder_layer_backward", dtype, ctypes.addressof(layer), address("dy", dy, x.dtype, size),
+        "encoder_layer_backward", dtype, ctypes.addressof(layer), address("dy", dy, x.dtype, of_output),
         address("x", x, weights.query.dtype, size), where.buffer_info()[0],
         address("saved", saved, torch.uint8, _bytes(layer, dtype, SAVED)), into.buffer_info()[0],
         address("dx", dx, x.dtype, size), want_x, address("work", work, torch.uint8, len(work)),
@@ -188,14 +197,14 @@ def backward(
 
 def encoder_layer(
     x: Tensor, weights: LayerWeights, cu_seqlens: Tensor, options: LayerOptions, *, seed: Tensor | None,
-    row_ids: Tensor | None, sequence_ids: Tensor | None,
+    row_ids: Tensor | None, sequence_ids: Tensor | None, first_only: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The layer's output [T, C] for x [T, C]. The caller has checked `takes`."""
+    """The layer's output [T, C] for x [T, C], with `first_only` [B, C]. The caller has checked `takes`."""
     drawn, names = 0, Names(cu_seqlens, None, None)
     if max(options.probs_p, options.out_p, options.down_p) > 0.0:
         drawn = int(seed)
         names = Names(cu_seqlens, _named(sequence_ids, len(cu_seqlens) - 1), _named(row_ids, x.shape[0]))
-    return apply_unwatched(_EncoderLayer, products.dtype_of(x), options, drawn, names, x, *weights)
+    return apply_unwatched(_EncoderLayer, products.dtype_of(x), options, drawn, names, first_only, x, *weights)
 
 
 def _named(ids: Tensor | None, count: int) -> Tensor:
@@ -208,11 +217,11 @@ def _named(ids: Tensor | None, count: int) -> Tensor:
 class _EncoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, dtype: torch.dtype, options: LayerOptions, seed: int, names: Names, x: Tensor,
-        *weights: Tensor,
+        ctx: FunctionCtx, dtype: torch.dtype, options: LayerOptions, seed: int, names: Names, first_only: bool,
+        x: Tensor, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
-        y, saved = forward(x, LayerWeights(*weights), names, options, seed, dtype)
-        ctx.dtype, ctx.options, ctx.seed = dtype, options, seed
+        y, saved = forward(x, LayerWeights(*weights), names, options, seed, dtype, first_only)
+        ctx.dtype, ctx.options, ctx.seed, ctx.first_only = dtype, options, seed, first_only
         ctx.save_for_backward(*names, x, *weights, saved)
         return y
 
@@ -221,22 +230,24 @@ class _EncoderLayer(torch.autograd.Function):
         *tensors, saved = ctx.saved_tensors
         count = len(Names._fields)
         names, x, weights = Names(*tensors[:count]), tensors[count], LayerWeights(*tensors[count + 1 :])
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         if not by_torch(dy):
             gradients = backward(
-                dy.contiguous(), x, weights, saved, names, ctx.options, ctx.seed, ctx.dtype, wanted
-            )  # fmt: skip
-            return None, None, None, None, *(g if g is None or g.dtype is x.dtype else g.to(x.dtype) for g in gradients)
+                dy.contiguous(), x, weights, saved, names, ctx.options, ctx.seed, ctx.dtype, wanted, ctx.first_only
+            )
+            return *(None,) * 5, *(g if g is None or g.dtype is x.dtype else g.to(x.dtype) for g in gradients)
 
         def one_by_one(x: Tensor, *weights: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=ctx.dtype is not x.dtype):
-                return _by_operators(x, LayerWeights(*weights), names, ctx.options, ctx.seed)
+                return _by_operators(x, LayerWeights(*weights), names, ctx.options, ctx.seed, ctx.first_only)
 
         # A second derivative may be wanted, which only the single operators have.
-        return None, None, None, None, *plain_gradients(one_by_one, (x, *weights), wanted, dy)
+        return *(None,) * 5, *plain_gradients(one_by_one, (x, *weights), wanted, dy)
 
 
-def _by_operators(x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int) -> Tensor:
+def _by_operators(
+    x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, first_only: bool
+) -> Tensor:
     """The same layer from single operators, which can be differentiated twice."""
     drawn = torch.tensor([seed], dtype=torch.int64, device="cpu")
     cu_seqlens, sequence_ids, row_ids = names
@@ -244,18 +255,25 @@ def _by_operators(x: Tensor, weights: LayerWeights, names: Names, options: Layer
     def dropout(p: float, stream: int, **ids: Tensor) -> dict[str, object]:
         return {"dropout_p": p, "seed": drawn, "stream": stream, **ids} if p > 0.0 else {}
 
+    first, starts = x, cu_seqlens
+    if first_only:
+        rows = cu_seqlens[:-1].long().clamp(max=max(len(x) - 1, 0))
+        first, starts = x[rows], torch.arange(len(cu_seqlens), dtype=torch.int32, device="cpu")
+        row_ids = None if row_ids is None else row_ids[rows]
     q, k, v = (
-        native.linear(x, weight, bias).unflatten(1, (options.heads, -1))
-        for weight, bias in zip(weights[:6:2], weights[1:6:2], strict=True)
+        native.linear(t, weight, bias).unflatten(1, (options.heads, -1))
+        for t, weight, bias in zip((first, x, x), weights[:6:2], weights[1:6:2], strict=True)
     )
     of_probs = dropout(options.probs_p, options.probs_stream, sequence_ids=sequence_ids)
-    o = native.attention(q, k, v, cu_seqlens, **of_probs).flatten(1)
+    o = native.attention(q, k, v, starts, cu_seqlens_k=cu_seqlens, **of_probs).flatten(1)
+    x = first
     x = native.add_layer_norm(
         native.linear(o, weights.out), x, weights.out_norm, weights.out_norm_bias, options.out_eps,
         x_bias=weights.out_bias, **dropout(options.out_p, options.out_stream, row_ids=row_ids),
     )  # fmt: skip
     z = native.feed_forward(x, weights.up, weights.up_bias, weights.down, None, options.activation)
-    return native.add_layer_norm(
+    y = native.add_layer_norm(
         z, x, weights.down_norm, weights.down_norm_bias, options.down_eps, x_bias=weights.down_bias,
         **dropout(options.down_p, options.down_stream, row_ids=row_ids),
     )  # fmt: skip
+    return torch.where((cu_seqlens.diff() > 0)[:, None], y, 0.0) if first_only else y

@@ -11,8 +11,12 @@
 //     dr2, dz2 from dy;   dh, a from dz2 Wdown and h;   dx1 = dr2 + dh Wup
 //     dr1, dz1 from dx1;  do = dz1 Wout;  dqkv from do;  dx = dr1 + dqkv Wqkv
 //
-// The forward pass saves qkv, o, z1, h and z2 in the products' dtype, x1 in that of x, attention's softmax_stats, and the
-// rows' dropout keys. dr, dx1 and dx use the memory of dx one after another.
+// The forward pass saves q, k, v, o, z1, h and z2 in the products' dtype, x1 in that of x, attention's softmax_stats, and
+// the rows' dropout keys. dr, dx1 and dx use the memory of dx one after another.
+//
+// With `first_only` the output has R = B rows, of each sequence's first token, else R = T. Only k and v are then computed
+// for all rows; the first rows of x are saved too, and their gradient is added to that of x at the end. The row of a
+// sequence without tokens is zero.
 
 #include "attention.h"
 
@@ -51,25 +55,59 @@ struct Pieces {
     }
 };
 
+// R, the rows of the output.
+inline int rows_of_output(const TrainedLayer& l) { return l.first_only ? l.sequences : l.rows; }
+
+// Bytes of an element of x.
+template <class T>
+size_t size_of_x(const TrainedLayer& l) { return l.wide ? sizeof(float) : sizeof(typename T::Element); }
+
+// Pieces for q [R, A], k and v [T, A] or for their gradients. Where R = T they are joined, [T, 3A].
+template <class T>
+struct Projections {
+    typename T::Element *q, *k, *v;
+    int of_q, of_k;  // elements from one row to the next in q, and in k and v
+    int64_t bytes;
+
+    Projections(const TrainedLayer& l, Pieces&& pieces) {
+        using Element = typename T::Element;
+        const int64_t rows = l.rows, attended = l.attended;
+        if (l.first_only) {
+            q = pieces.take<Element>(l.sequences * attended), k = pieces.take<Element>(rows * 2 * attended);
+            of_q = l.attended, of_k = 2 * l.attended;
+        } else {
+            q = pieces.take<Element>(rows * 3 * attended), k = q + attended;
+            of_q = of_k = 3 * l.attended;
+        }
+        v = k + attended;
+        bytes = pieces.bytes;
+    }
+};
+
 // The tensors that the forward pass saves for the backward pass.
 template <class T>
 struct Saved {
     using Element = typename T::Element;
-    Element *qkv, *o, *z1, *h, *z2;
-    char* x1;
+    Projections<T> qkv;
+    Element *o, *z1, *h, *z2;
+    char *x1, *first_x;
     float* softmax_stats;
     uint64_t *out_keys, *down_keys;  // null without dropout
+    int32_t* first_starts;           // 0 to B: as queries the first rows are sequences of one token
     int64_t bytes;
 
-    Saved(const TrainedLayer& l, void* memory) {
+    Saved(const TrainedLayer& l, void* memory) : qkv(l, Pieces{(char*)memory}) {
         Pieces pieces{(char*)memory};
-        const int64_t rows = l.rows, size = rows * l.width;
-        qkv = pieces.take<Element>(rows * 3 * l.attended), o = pieces.take<Element>(rows * l.attended);
+        pieces.take<char>(qkv.bytes);
+        const int64_t rows = rows_of_output(l), size = rows * l.width, bytes_of_x = size * size_of_x<T>(l);
+        o = pieces.take<Element>(rows * l.attended);
         z1 = pieces.take<Element>(size), h = pieces.take<Element>(rows * l.inner), z2 = pieces.take<Element>(size);
-        x1 = pieces.take<char>(size * (l.wide ? sizeof(float) : sizeof(Element)));
+        x1 = pieces.take<char>(bytes_of_x);
         softmax_stats = pieces.take<float>(2 * rows * l.heads);
         out_keys = l.out_threshold ? pieces.take<uint64_t>(rows) : nullptr;
         down_keys = l.down_threshold ? pieces.take<uint64_t>(rows) : nullptr;
+        first_x = l.first_only ? pieces.take<char>(bytes_of_x) : nullptr;
+        first_starts = l.first_only ? pieces.take<int32_t>(rows + 1) : nullptr;
         bytes = pieces.bytes;
     }
 };
@@ -82,7 +120,7 @@ struct ForwardMemory {
     ForwardMemory(const TrainedLayer& l, void* memory) {
         Pieces pieces{(char*)memory};
         narrow = pieces.take<typename T::Element>(l.wide ? (int64_t)l.rows * l.width : 0);
-        a = pieces.take<typename T::Element>((int64_t)l.rows * l.inner);
+        a = pieces.take<typename T::Element>((int64_t)rows_of_output(l) * l.inner);
         bytes = pieces.bytes;
     }
 };
@@ -90,18 +128,22 @@ struct ForwardMemory {
 template <class T>
 struct BackwardMemory {
     using Element = typename T::Element;
-    Element *dz, *dh, *a;
-    Element *d_o, *dqkv;  // in the memory of dh and a, which are no longer needed then
-    float* parts;         // partial sums of the gradients of LayerNorm's parameters
+    Projections<T> dqkv;
+    Element *a;                 // in the memory of dqkv, which is written when a is no longer needed
+    Element *dz, *dh, *d_o;     // d_o in the memory of dh
+    char *first_dx, *first_dy;  // with `first_only`: the gradients of the first rows; dy is zero without tokens
+    float* parts;               // partial sums of the gradients of LayerNorm's parameters
     int64_t of_parts;
     int64_t bytes;
 
-    BackwardMemory(const TrainedLayer& l, void* memory) {
+    BackwardMemory(const TrainedLayer& l, void* memory) : dqkv(l, Pieces{(char*)memory}) {
         Pieces pieces{(char*)memory};
-        const int64_t rows = l.rows;
+        const int64_t rows = rows_of_output(l), bytes_of_x = rows * l.width * size_of_x<T>(l);
+        a = (Element*)pieces.take<char>(std::max(dqkv.bytes, rows * l.inner * (int64_t)sizeof(Element)));
         dz = pieces.take<Element>(rows * l.width);
         dh = d_o = pieces.take<Element>(rows * std::max(l.inner, l.attended));
-        a = dqkv = pieces.take<Element>(rows * std::max(l.inner, 3 * l.attended));
+        first_dx = l.first_only ? pieces.take<char>(bytes_of_x) : nullptr;
+        first_dy = l.first_only ? pieces.take<char>(bytes_of_x) : nullptr;
         of_parts = std::max<int64_t>(1, (rows + NORM_BLOCK - 1) / NORM_BLOCK) * 3 * l.width;
         parts = pieces.take<float>(of_parts);
         bytes = pieces.bytes;
@@ -121,9 +163,25 @@ inline Dropout of_probabilities(const TrainedLayer& l) {
     return {l.sequence_ids, l.seed, l.probs_stream, l.probs_threshold, l.probs_scale};
 }
 
+// The row of x for a row of the output. A sequence without tokens has that of the next one, or the last row.
+inline int64_t row_of_x(const TrainedLayer& l, int64_t row) {
+    return l.first_only ? std::max(std::min(l.starts[row], l.rows - 1), 0) : row;
+}
+
 inline void fill_keys(const TrainedLayer& l, uint64_t stream, uint64_t* keys) {
     if (keys)
-        for (int64_t row = 0; row < l.rows; ++row) keys[row] = key_of(l.seed, stream, (uint64_t)l.row_ids[row]);
+        for (int64_t row = 0; row < rows_of_output(l); ++row)
+            keys[row] = key_of(l.seed, stream, (uint64_t)l.row_ids[row_of_x(l, row)]);
+}
+
+inline bool has_tokens(const TrainedLayer& l, int64_t sequence) { return l.starts[sequence + 1] > l.starts[sequence]; }
+
+// Sets the rows [B, C] of sequences without tokens to zero.
+template <class T>
+void clear_without_tokens(const TrainedLayer& l, char* rows) {
+    const size_t bytes = l.width * size_of_x<T>(l);
+    for (int64_t row = 0; row < l.sequences; ++row)
+        if (!has_tokens(l, row)) std::memset(rows + row * bytes, 0, bytes);
 }
 
 template <class T>
@@ -134,20 +192,34 @@ int forward(
     if (!are_sequences(l.starts, l.sequences, l.rows)) return NOT_SEQUENCES;
     const Saved<T> saved(l, memory);
     const ForwardMemory<T> own(l, work);
-    const int rows = l.rows, width = l.width, attended = l.attended, head_dim = attended / l.heads, all = 3 * attended;
+    const Projections<T>& qkv = saved.qkv;
+    const int all_rows = l.rows, rows = rows_of_output(l), width = l.width, attended = l.attended;
+    const int head_dim = attended / l.heads;
     const int64_t size = (int64_t)rows * width;
+    const auto project = [&](Place place, const auto* from, auto* to, int stride, int count) {
+        return Do::linear_forward(
+            from, weights[place], weights[place + 1], l.wide, to, stride, nullptr, count, attended, width, 0
+        );
+    };
     int failed = 0;
 
-    const auto* narrow = narrowed<T>(x, size, l.wide, own.narrow);
-    for (int i : {QUERY, KEY, VALUE})
-        failed |= Do::linear_forward(
-            narrow, weights[i], weights[i + 1], l.wide, saved.qkv + i / 2 * attended, all, nullptr, rows, attended, width, 0
-        );
+    const auto* narrow = narrowed<T>(x, (int64_t)all_rows * width, l.wide, own.narrow);
+    failed |= project(KEY, narrow, qkv.k, qkv.of_k, all_rows);
+    failed |= project(VALUE, narrow, qkv.v, qkv.of_k, all_rows);
+    if (l.first_only) {
+        const size_t bytes = width * size_of_x<T>(l);
+        for (int64_t row = 0; row < rows; ++row)
+            std::memcpy(saved.first_x + row * bytes, (const char*)x + row_of_x(l, row) * bytes, bytes);
+        for (int row = 0; row <= rows; ++row) saved.first_starts[row] = row;
+        x = saved.first_x;
+        narrow = narrowed<T>(x, size, l.wide, own.narrow);
+    }
+    failed |= project(QUERY, narrow, qkv.q, qkv.of_q, rows);
     const Dropout dropout = of_probabilities(l);
     failed |= Do::attention(
-        saved.qkv, saved.qkv + attended, saved.qkv + 2 * attended, saved.o, saved.softmax_stats, l.starts, l.starts,
-        l.sequences, rows, rows, l.heads, l.heads, head_dim, all, head_dim, all, head_dim, all, head_dim,
-        UNBOUNDED, UNBOUNDED, l.attention_scale, dropout.threshold ? &dropout : nullptr
+        qkv.q, qkv.k, qkv.v, saved.o, saved.softmax_stats, l.first_only ? saved.first_starts : l.starts, l.starts,
+        l.sequences, rows, all_rows, l.heads, l.heads, head_dim, qkv.of_q, head_dim, qkv.of_k, head_dim, qkv.of_k,
+        head_dim, UNBOUNDED, UNBOUNDED, l.attention_scale, dropout.threshold ? &dropout : nullptr
     );
     failed |= Do::linear_forward(saved.o, weights[OUT], nullptr, l.wide, saved.z1, width, nullptr, rows, width, attended, 0);
     fill_keys(l, l.out_stream, saved.out_keys);
@@ -166,7 +238,13 @@ int forward(
         saved.z2, weights[DOWN + 1], saved.x1, saved.down_keys, weights[DOWN_NORM], weights[DOWN_NORM + 1], y, l.wide,
         rows, width, l.down_eps, l.down_threshold, l.down_scale
     );
+    if (l.first_only) clear_without_tokens<T>(l, (char*)y);
     return failed ? NO_MEMORY : DONE;
+}
+
+template <class E>
+void add_row(E* to, const E* from, int width) {
+    for (int i = 0; i < width; i += WIDTH) store(to + i, load(to + i) + load(from + i));
 }
 
 inline void copy_vector(const float* from, int width, float* to) {
@@ -188,7 +266,17 @@ int backward(
     const bool to_feed_forward = to_norm || wanted(UP, DOWN + 1);
     const Saved<T> saved(l, (void*)memory);
     const BackwardMemory<T> own(l, work);
-    const int rows = l.rows, width = l.width, inner = l.inner, attended = l.attended, head_dim = attended / l.heads;
+    const int all_rows = l.rows, rows = rows_of_output(l), width = l.width, inner = l.inner, attended = l.attended;
+    const int head_dim = attended / l.heads;
+    const void* const all_x = x;
+    void* const all_dx = dx;
+    if (l.first_only) {
+        x = saved.first_x;
+        dx = own.first_dx;
+        std::memcpy(own.first_dy, dy, rows * width * size_of_x<T>(l));
+        clear_without_tokens<T>(l, own.first_dy);
+        dy = own.first_dy;
+    }
     int failed = 0;
 
     const auto norm_backward = [&](const void* upstream, const auto* z, const void* residual, const uint64_t* keys,
@@ -232,25 +320,43 @@ int backward(
         own.dz, width, weights + OUT, 1, l.wide, own.d_o, false, false, nullptr, nullptr, rows, width, attended, 0
     );
     const Dropout dropout = of_probabilities(l);
-    const int all = 3 * attended;
+    const Projections<T>&qkv = saved.qkv, &dqkv = own.dqkv;
     failed |= Do::attention_backward(
-        own.d_o, saved.qkv, saved.qkv + attended, saved.qkv + 2 * attended, saved.o, saved.softmax_stats, own.dqkv,
-        own.dqkv + attended, own.dqkv + 2 * attended, all, all, l.starts, l.starts, l.sequences, rows, rows, l.heads,
-        l.heads, head_dim, attended, head_dim, all, head_dim, all, head_dim, all, head_dim, UNBOUNDED,
-        UNBOUNDED, l.attention_scale,
-        dropout.threshold ? &dropout : nullptr
+        own.d_o, qkv.q, qkv.k, qkv.v, saved.o, saved.softmax_stats, dqkv.q, dqkv.k, dqkv.v, dqkv.of_q, dqkv.of_k,
+        l.first_only ? saved.first_starts : l.starts, l.starts, l.sequences, rows, all_rows, l.heads, l.heads, head_dim,
+        attended, head_dim, qkv.of_q, head_dim, qkv.of_k, head_dim, qkv.of_k, head_dim, UNBOUNDED, UNBOUNDED,
+        l.attention_scale, dropout.threshold ? &dropout : nullptr
     );
-    if (wanted(QUERY, OUT)) {
-        float* const dweights[] = {gradients[QUERY], gradients[KEY], gradients[VALUE]};
-        float* const dbiases[] = {gradients[QUERY + 1], gradients[KEY + 1], gradients[VALUE + 1]};
-        failed |= Do::weight_gradient(own.dqkv, all, x, l.wide, dweights, dbiases, 3, rows, attended, width);
+    // The gradients from `count` projections, beginning with `first`, of which d [count_of_rows] is the gradient.
+    const auto projected = [&](Place first, int count, const auto* d, int stride, const void* from, void* into, bool adds,
+                               int count_of_rows) {
+        const void* of[3];
+        float *dweights[3], *dbiases[3];
+        for (int i = 0; i < count; ++i) {
+            of[i] = weights[first + 2 * i];
+            dweights[i] = gradients[first + 2 * i], dbiases[i] = gradients[first + 2 * i + 1];
+        }
+        if (wanted(first, first + 2 * count))
+            failed |= Do::weight_gradient(
+                d, stride, from, l.wide, dweights, dbiases, count, count_of_rows, attended, width
+            );
+        if (want_dx)
+            failed |= Do::input_gradient(
+                d, stride, of, count, l.wide, into, l.wide, adds, nullptr, nullptr, count_of_rows, attended, width, 0
+            );
+    };
+    if (!l.first_only) {
+        projected(QUERY, 3, dqkv.q, dqkv.of_q, x, dx, true, rows);
+        return failed ? NO_MEMORY : DONE;
     }
-    if (want_dx) {
-        const void* const of_qkv[] = {weights[QUERY], weights[KEY], weights[VALUE]};
-        failed |= Do::input_gradient(
-            own.dqkv, all, of_qkv, 3, l.wide, dx, l.wide, true, nullptr, nullptr, rows, attended, width, 0
-        );
-    }
+    projected(KEY, 2, dqkv.k, dqkv.of_k, all_x, all_dx, false, all_rows);
+    projected(QUERY, 1, dqkv.q, dqkv.of_q, x, dx, true, rows);
+    for (int64_t row = 0; want_dx && row < rows; ++row)
+        if (has_tokens(l, row)) {
+            const int64_t to = row_of_x(l, row) * width, from = row * width;
+            if (l.wide) add_row((float*)all_dx + to, (const float*)dx + from, width);
+            else add_row((typename T::Element*)all_dx + to, (const typename T::Element*)dx + from, width);
+        }
     return failed ? NO_MEMORY : DONE;
 }
 

@@ -57,7 +57,7 @@ LAYER_FIELDS = tuple(
         ("U", "seed probs_stream out_stream down_stream"),
         ("u", "probs_threshold out_threshold down_threshold"),
         ("f", "probs_scale out_scale down_scale out_eps down_eps attention_scale"),
-        ("i", "sequences rows width attended inner heads activation wide"),
+        ("i", "sequences rows width attended inner heads activation wide first_only"),
     )
     for name in names.split()
 )

@@ -77,6 +77,11 @@ int input_gradient(
                 sums *= activated.slope;
             }
             store(dx + at, adds ? load(dx + at) + sums : sums);
+        },
+        [=](int row, int column) {
+            const int64_t at = (int64_t)row * inner + column;
+            if (h) fetch_row(h + at);
+            if (adds) fetch_row(dx + at);
         }
     );
 }

@@ -47,14 +47,15 @@ struct Int8Layer {
 };
 
 // Sizes, lengths and dropout options of a post-norm layer in training. wide: x, y, their gradients and all parameters
-// are float32, even if products are bfloat16. `encoder_layer.py` fills this in.
+// are float32, even if products are bfloat16. first_only: the output has only each sequence's first row.
+// `encoder_layer.py` fills this in.
 struct TrainedLayer {
     const int32_t* starts;               // [sequences + 1]
     const int64_t *sequence_ids, *row_ids;  // [sequences], [rows], for dropout; null without dropout
     uint64_t seed, probs_stream, out_stream, down_stream;
     uint32_t probs_threshold, out_threshold, down_threshold;  // 0: no dropout there
     float probs_scale, out_scale, down_scale, out_eps, down_eps, attention_scale;
-    int sequences, rows, width, attended, inner, heads, activation, wide;  // attended: heads times head_dim
+    int sequences, rows, width, attended, inner, heads, activation, wide, first_only;  // attended: heads times head_dim
 };
 
 #define DECLARE(Element, name)                                                                                 \

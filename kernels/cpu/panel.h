@@ -102,15 +102,20 @@ inline int parts_of(int rows, int panels) {
     return parts;
 }
 
+struct NothingAhead {
+    void operator()(int, int) const {}
+};
+
 // Multiplies x [rows, lanes], with stride x_stride, with the panels of `columns` columns, a multiple of WIDTH.
 //     fill(column, registers, panel)  lays out the columns from `column` on
 //     fetch(column, from, to, of)     prefetches the parts `from` to `to`, of `of`, of the data for these columns
 //     put(row, column, sums)          stores a register of sums; should capture by value, see `put_here`
+//     ahead(row, column)              prefetches what `put` will read for a row of a panel
 // Returns 1 if there is no memory for a panel. A row's sums do not depend on the other rows.
-template <class T, class Fill, class Fetch, class Put>
+template <class T, class Fill, class Fetch, class Put, class Ahead = NothingAhead>
 int multiply_rows(
     const typename T::Element* x, int64_t x_stride, int rows, int columns, int lanes, const Fill& fill,
-    const Fetch& fetch, const Put& put
+    const Fetch& fetch, const Put& put, const Ahead& ahead = Ahead()
 ) {
     const int panels = (columns + PANEL - 1) / PANEL, parts = parts_of(rows, panels);
     const int of_part = round_up((rows + parts - 1) / parts, ROWS);
@@ -136,6 +141,7 @@ int multiply_rows(
             if (is_followed) fetch(column + PANEL, row - first, std::min(row + ROWS, end) - first, end - first);
             alignas(64) float sums[ROWS][PANEL];
             const int n = std::min(ROWS, end - row);
+            for (int i = 0; i < n; ++i) ahead(row + i, column);
             switch (n) {
 #define OF_ROWS(M) case M: tile<T, M>(x + row * x_stride, x_stride, panel, lanes, sums); break;
                 OF_ROWS(6) OF_ROWS(5) OF_ROWS(4) OF_ROWS(3) OF_ROWS(2) OF_ROWS(1)
@@ -147,6 +153,12 @@ int multiply_rows(
         }
     });
     return failed;
+}
+
+// Prefetches a row of a panel of elements of E.
+template <class E>
+inline void fetch_row(const E* from) {
+    for (size_t byte = 0; byte < sizeof(E) * PANEL; byte += 64) __builtin_prefetch((const char*)from + byte, 0, 3);
 }
 
 // Prefetches parts, as `fetch` above, of `bytes` contiguous bytes.
