@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..kernels._layer import LayerOptions, LayerWeights
 from ..kernels.cpu import encoder_layer as cpu_encoder_layer
+from ..kernels.cpu.encoder_layer import saved_bytes
 from ._choice import Impl, choose_impl, triton_module
 from ._expect import expect_cu_seqlens, expect_dropout, expect_integers
 
-__all__ = ["encoder_layer"]
+__all__ = ["encoder_layer", "encoder_layers", "saved_bytes"]
 
 
 def encoder_layer(
@@ -50,19 +52,19 @@ def encoder_layer(
             Only the C++ operators have it.
     """
     chosen = choose_impl(impl, x.device)
-    if chosen != "native" and (chosen != "triton" or first_only):
+    if chosen == "native":
+        return encoder_layers(
+            x, [weights], cu_seqlens, [options],
+            seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, first_only=first_only, impl=impl,
+        )  # fmt: skip
+    if chosen != "triton" or first_only:
         return None
-    module = triton_module("encoder_layer") if chosen == "triton" else cpu_encoder_layer
+    module = triton_module("encoder_layer")
     taken = module.takes(x, weights, options)
     if not taken:
         return None
-    expect_dropout("encoder_layer", max(options.probs_p, options.out_p, options.down_p), seed)
-    expect_cu_seqlens("encoder_layer", cu_seqlens)
-    if row_ids is not None:
-        expect_integers("encoder_layer", "row_ids", row_ids, x.shape[0])
-    expect_integers("encoder_layer", "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)
-    if chosen == "native":
-        return module.encoder_layer(
+    _expect(x, cu_seqlens, [options], seed, row_ids, sequence_ids)
+    return module.encoder_layer(
             x, weights, cu_seqlens.contiguous(), options,
             seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, first_only=first_only,
         )  # fmt: skip
@@ -70,3 +72,39 @@ def encoder_layer(
         x, weights, cu_seqlens.contiguous(), max_seqlen, options,
         schedule=schedule, seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, taken=taken, qkv=qkv,
     )  # fmt: skip
+
+
+def encoder_layers(
+    x: Tensor,
+    layers: Sequence[LayerWeights],
+    cu_seqlens: Tensor,
+    options: Sequence[LayerOptions],
+    *,
+    seed: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    first_only: bool = False,
+    impl: Impl | None = None,
+) -> Tensor | None:
+    """`encoder_layer` for layers one after another, of which `first_only` is about the last; only the C++ operators for
+    training have it. All layers are one node of autograd: their gradients come at the same time, and what they saved for
+    the backward pass is freed at its end."""
+    if choose_impl(impl, x.device) != "native" or not all(map(partial(cpu_encoder_layer.takes, x), layers, options)):
+        return None
+    _expect(x, cu_seqlens, options, seed, row_ids, sequence_ids)
+    return cpu_encoder_layer.encoder_layers(
+        x, layers, cu_seqlens.contiguous(), options,
+        seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, first_only=first_only,
+    )  # fmt: skip
+
+
+def _expect(
+    x: Tensor, cu_seqlens: Tensor, options: Sequence[LayerOptions], seed: Tensor | None, row_ids: Tensor | None,
+    sequence_ids: Tensor | None,
+) -> None:  # fmt: skip
+    for of in options:
+        expect_dropout("encoder_layer", max(of.probs_p, of.out_p, of.down_p), seed)
+    expect_cu_seqlens("encoder_layer", cu_seqlens)
+    if row_ids is not None:
+        expect_integers("encoder_layer", "row_ids", row_ids, x.shape[0])
+    expect_integers("encoder_layer", "sequence_ids", sequence_ids, cu_seqlens.shape[0] - 1)

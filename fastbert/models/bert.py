@@ -7,6 +7,7 @@ is packed once, every layer takes and gives [T, C], and the output is padded aga
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any, cast
 
@@ -19,7 +20,16 @@ from ..config import BertConfig
 from ..inference.weights import FusedLinears, JoinedLinears, is_untouched
 from ..packing import PackedBatch
 from ..stack.description import Drops, Kept, Layer, Part, part_of
-from ..stack.layer import FEW_TOKENS, all_in_8_bits, in_one, in_one_call, is_one_call_ahead, run, run_for_first
+from ..stack.layer import (
+    FEW_TOKENS,
+    all_in_8_bits,
+    in_one,
+    in_one_call,
+    in_one_node,
+    is_one_call_ahead,
+    run,
+    run_for_first,
+)
 from ..stack.shared import Pass
 from ..stack.steps import multiply, norm_only
 from .loading import initialise
@@ -124,12 +134,15 @@ class BertLayer(nn.Module):
 
     def forward(self, x: Tensor, shared: Pass, first_only: bool = False) -> Tensor:
         """x [T, C] -> [T, C]; with `first_only` only the row of each sequence's first token, [B, C]."""
-        hidden_p, probs_p = self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob
-        # A single layer may be in evaluation mode while the model is in training mode.
-        drops = Drops(probs_p, hidden_p, 0.0, hidden_p) if self.training and shared.seed is not None else Drops()
         walk = run_for_first if first_only else run
         known = None if shared.layers is None else shared.layers.get(self)
-        return walk(x, known or self.described(shared.impl), drops, shared, self.index, self.training)
+        described = known or self.described(shared.impl)
+        return walk(x, described, self.drops(shared), shared, self.index, self.training)
+
+    def drops(self, shared: Pass) -> Drops:
+        """The dropouts that are on. A single layer may be in evaluation mode while the model is in training mode."""
+        hidden_p, probs_p = self.config.hidden_dropout_prob, self.config.attention_probs_dropout_prob
+        return Drops(probs_p, hidden_p, 0.0, hidden_p) if self.training and shared.seed is not None else Drops()
 
     def probabilities(self, x: Tensor, shared: Pass) -> Tensor:
         """Attention probabilities [B, H, S, S] of this layer for its input x [T, C], zero at padding, by plain
@@ -266,6 +279,10 @@ class BertModel(PretrainedEncoder):
             y = in_one_call(x, plain[: len(layers) - but_last], shared)
             if y is not None:
                 x, layers, ends_first = y, layers[-1:] if but_last else [], but_last
+        if hidden_states is None and attentions is None and self.training and self.checkpointing is None:
+            y = in_one_node(x, self._for_one_node(layers, plain, shared), shared, ends_first)
+            if y is not None:
+                return F.pool(y, batch.cu_seqlens, "cls", impl=self.impl) if first_only and not ends_first else y
         for layer in layers[:-1] if ends_first else layers:
             x = shown(x)
             if attentions is not None:
@@ -275,6 +292,17 @@ class BertModel(PretrainedEncoder):
             x = self._through(layers[-1], x, shared, True)
             return torch.where((batch.cu_seqlens.diff() > 0)[:, None], x, 0.0)
         return F.pool(x, batch.cu_seqlens, "cls", impl=self.impl) if first_only else shown(x)
+
+    def _for_one_node(
+        self, layers: list[Any], plain: Sequence[Layer | None], shared: Pass
+    ) -> list[tuple[int, Layer, Drops]]:
+        """The argument of `in_one_node`; nothing if a layer has to be called, or is in evaluation mode."""
+        found = []
+        for layer, described in zip(layers, plain, strict=False):
+            if described is None or not layer.training:
+                return []
+            found.append((layer.index, described, layer.drops(shared)))
+        return found
 
     def _through(self, layer: nn.Module, x: Tensor, *others: Any) -> Tensor:
         """layer(x, *others). With gradient checkpointing the layer is computed once more in the backward pass."""

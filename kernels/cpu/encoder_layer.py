@@ -1,4 +1,4 @@
-"""A post-norm encoder layer for training on a CPU as one autograd node: one call of C++ forward and one backward.
+"""Post-norm encoder layers for training on a CPU as one autograd node: for each one call of C++ forward and one backward.
 
 layer_training.cpp has the equations and lists the saved tensors. The node computes with the operators of
 `products.py`, `attention.py` and `norm.py` and saves what they save. In float32 and under autocast its results have
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -194,17 +195,27 @@ def backward(
 
 # ---- with gradients --------------------------------------------------------------------------------------
 
+COUNT = len(LayerWeights._fields)
 
-def encoder_layer(
-    x: Tensor, weights: LayerWeights, cu_seqlens: Tensor, options: LayerOptions, *, seed: Tensor | None,
-    row_ids: Tensor | None, sequence_ids: Tensor | None, first_only: bool = False,
+
+def encoder_layers(
+    x: Tensor, layers: Sequence[LayerWeights], cu_seqlens: Tensor, options: Sequence[LayerOptions], *,
+    seed: Tensor | None, row_ids: Tensor | None, sequence_ids: Tensor | None, first_only: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The layer's output [T, C] for x [T, C], with `first_only` [B, C]. The caller has checked `takes`."""
+    """The output [T, C] of layers one after another for x [T, C]; with `first_only` the last layer's is [B, C]. All are
+    one autograd node. The caller has checked `takes` for each layer."""
     drawn, names = 0, Names(cu_seqlens, None, None)
-    if max(options.probs_p, options.out_p, options.down_p) > 0.0:
+    if max(max(of.probs_p, of.out_p, of.down_p) for of in options) > 0.0:
         drawn = int(seed)
         names = Names(cu_seqlens, _named(sequence_ids, len(cu_seqlens) - 1), _named(row_ids, x.shape[0]))
-    return apply_unwatched(_EncoderLayer, products.dtype_of(x), options, drawn, names, first_only, x, *weights)
+    weights = itertools.chain.from_iterable(layers)
+    return apply_unwatched(_EncoderLayers, products.dtype_of(x), options, drawn, names, first_only, x, *weights)
+
+
+def saved_bytes(x: Tensor, weights: LayerWeights) -> int:
+    """About how many bytes a layer saves for its backward pass, apart from its input x [T, C]."""
+    of_products = 4 * len(weights.query) + len(weights.up) + 2 * x.shape[1]
+    return x.shape[0] * (of_products * products.dtype_of(x).itemsize + x.shape[1] * x.itemsize)
 
 
 def _named(ids: Tensor | None, count: int) -> Tensor:
@@ -214,35 +225,58 @@ def _named(ids: Tensor | None, count: int) -> Tensor:
     return ids.to(torch.int64).contiguous()
 
 
-class _EncoderLayer(torch.autograd.Function):
+def _by_layer(weights: Sequence[Tensor]) -> list[LayerWeights]:
+    return [LayerWeights(*weights[first : first + COUNT]) for first in range(0, len(weights), COUNT)]
+
+
+class _EncoderLayers(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, dtype: torch.dtype, options: LayerOptions, seed: int, names: Names, first_only: bool,
-        x: Tensor, *weights: Tensor,
+        ctx: FunctionCtx, dtype: torch.dtype, options: Sequence[LayerOptions], seed: int, names: Names,
+        first_only: bool, x: Tensor, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
-        y, saved = forward(x, LayerWeights(*weights), names, options, seed, dtype, first_only)
+        inputs, buffers, layers = [], [], _by_layer(weights)
+        for i, (layer, of) in enumerate(zip(layers, options, strict=True)):
+            inputs.append(x)
+            x, saved = forward(x, layer, names, of, seed, dtype, first_only and i + 1 == len(layers))
+            buffers.append(saved)
         ctx.dtype, ctx.options, ctx.seed, ctx.first_only = dtype, options, seed, first_only
-        ctx.save_for_backward(*names, x, *weights, saved)
-        return y
+        ctx.save_for_backward(*names, *weights, *inputs, *buffers)
+        return x
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, saved = ctx.saved_tensors
-        count = len(Names._fields)
-        names, x, weights = Names(*tensors[:count]), tensors[count], LayerWeights(*tensors[count + 1 :])
-        wanted = ctx.needs_input_grad[5:]
-        if not by_torch(dy):
-            gradients = backward(
-                dy.contiguous(), x, weights, saved, names, ctx.options, ctx.seed, ctx.dtype, wanted, ctx.first_only
-            )
-            return *(None,) * 5, *(g if g is None or g.dtype is x.dtype else g.to(x.dtype) for g in gradients)
+        count, of_names = len(ctx.options), len(Names._fields)
+        of_weights = of_names + count * COUNT
+        tensors = ctx.saved_tensors
+        names, weights = Names(*tensors[:of_names]), tensors[of_names:of_weights]
+        inputs, buffers = tensors[of_weights : of_weights + count], tensors[of_weights + count :]
+        want_x, *wanted = ctx.needs_input_grad[5:]
+        x, layers = inputs[0], _by_layer(weights)
+        if by_torch(dy):  # a second derivative may be wanted, which only the single operators have
 
-        def one_by_one(x: Tensor, *weights: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=ctx.dtype is not x.dtype):
-                return _by_operators(x, LayerWeights(*weights), names, ctx.options, ctx.seed, ctx.first_only)
+            def one_by_one(x: Tensor, *weights: Tensor) -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16, enabled=ctx.dtype is not x.dtype):
+                    for i, (layer, of) in enumerate(zip(_by_layer(weights), ctx.options, strict=True)):
+                        x = _by_operators(x, layer, names, of, ctx.seed, ctx.first_only and i + 1 == count)
+                return x
 
-        # A second derivative may be wanted, which only the single operators have.
-        return *(None,) * 5, *plain_gradients(one_by_one, (x, *weights), wanted, dy)
+            return *(None,) * 5, *plain_gradients(one_by_one, (x, *weights), (want_x, *wanted), dy)
+
+        gradients: list[Tensor | None] = []
+        for i in reversed(range(count)):
+            of_layer = wanted[i * COUNT : (i + 1) * COUNT]
+            goes_on = want_x or any(wanted[: i * COUNT])
+            if not goes_on and not any(of_layer):
+                gradients[:0] = [None] * ((i + 1) * COUNT)
+                break
+            dy, *found = backward(
+                dy.contiguous(), inputs[i], layers[i], buffers[i], names, ctx.options[i], ctx.seed, ctx.dtype,
+                (goes_on, *of_layer), ctx.first_only and i + 1 == count,
+            )  # fmt: skip
+            gradients[:0] = found
+        gradients.insert(0, dy if want_x else None)
+        return *(None,) * 5, *(g if g is None or g.dtype is x.dtype else g.to(x.dtype) for g in gradients)
 
 
 def _by_operators(
