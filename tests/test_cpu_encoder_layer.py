@@ -149,7 +149,7 @@ def test_first_rows_have_the_bits_of_the_separate_operators(dtype, kind, drops, 
 
 
 def test_the_first_row_of_no_tokens_is_zero_and_has_no_gradient(nodes):
-    layer, (x, dy), shared = layer_of(), inputs(), pass_of()
+    layer, (x, _), shared = layer_of(), inputs(), pass_of()
     empty = LENGTHS.index(0)
     x.requires_grad_()
     y = layer(x, shared, True)

@@ -86,9 +86,9 @@ def encoder_layers(
     first_only: bool = False,
     impl: Impl | None = None,
 ) -> Tensor | None:
-    """`encoder_layer` for layers one after another, of which `first_only` is about the last; only the C++ operators for
-    training have it. All layers are one node of autograd: their gradients come at the same time, and what they saved for
-    the backward pass is freed at its end."""
+    """`encoder_layer` for layers one after another; `first_only` is about the last. Only the C++ operators for training
+    have it. All layers are one node of autograd: their gradients come at the same time, and what they saved for the
+    backward pass is freed at its end."""
     if choose_impl(impl, x.device) != "native" or not all(map(partial(cpu_encoder_layer.takes, x), layers, options)):
         return None
     _expect(x, cu_seqlens, options, seed, row_ids, sequence_ids)

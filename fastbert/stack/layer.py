@@ -167,12 +167,12 @@ def _operator_of(
     return F.LayerWeights(*tensors), options
 
 
-def in_one_node(
-    x: Tensor, layers: Sequence[tuple[int, Layer, Drops]], shared: Pass, first_only: bool
-) -> Tensor | None:
-    """x after all layers in training, as one node of autograd. layers: the index, description and dropouts of each. None
-    if they have to be called one after another: there is none, the C++ operator does not compute one of them, or they save
-    so much that it should be freed layer by layer."""
+def in_one_node(x: Tensor, layers: Sequence[tuple[int, Layer, Drops]], shared: Pass, first_only: bool) -> Tensor | None:
+    """x after all layers in training, as one node of autograd. layers: the index, description and dropouts of each.
+
+    Returns: None if the layers have to be called one after another, because there is none, the C++ operator does not
+        compute one of them, or they save so much that it should be freed layer by layer.
+    """
     if not layers or not _may_be_one_operator(x, shared, training=True):
         return None
     found = []

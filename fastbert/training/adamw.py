@@ -16,7 +16,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _choices(group: dict[str, Any]) -> tuple[bool, ...]:
-    """The options of a group that the C++ does not support, and last whether rows can be at rest, which eps 0 forbids."""
+    """Whether a group has each option that the C++ does not support; and last, whether rows can be at rest, which eps 0
+    forbids."""
     return (
         *(bool(group[name]) for name in ("amsgrad", "maximize", "capturable", "differentiable")),
         any(isinstance(number, Tensor) for number in (group["lr"], *group["betas"])),
@@ -191,8 +192,8 @@ class AdamW(torch.optim.AdamW):
         return None
 
     def _is_planned(self, gradients: list[Tensor | None]) -> bool:
-        """Makes a plan for a step with these gradients unless there is one. False if the C++ does not support the options
-        of every group and all tensors."""
+        """Makes a plan for a step with these gradients unless there is one. False if the C++ does not support an option of
+        a group or a tensor."""
         if torch.compiler.is_compiling() or getattr(self, "found_inf", None) is not None:
             return False
         if self._plan is None or not self._plan.holds(self, gradients):

@@ -130,7 +130,7 @@ class Update:
 
 
 def norm(gradients: Sequence[Tensor], touched: Sequence[Tensor | None]) -> float:
-    """The square root of the sum of the squares of all elements. All gradients have one dtype; touched as in `Update`."""
+    """The square root of the sum of squares of all elements. All gradients have one dtype. touched: as in `Update`."""
     if not gradients:
         return 0.0
     dtype, sum_of_squares = gradients[0].dtype, array("d", [0.0])

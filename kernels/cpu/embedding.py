@@ -88,7 +88,8 @@ def backward(
     dz = torch.empty(rows, width, **new)
     parts = torch.zeros(max(1, -(-rows // NORM_BLOCK)), 2, width, **new)
     of_word, touched = table_gradients.take(tables[0].shape) if wanted[0] else (None, None)
-    grads = [of_word, *(torch.empty(t.shape, **new) if w else None for t, w in zip(tables[1:3], wanted[1:], strict=True))]
+    others = zip(tables[1:3], wanted[1:], strict=True)
+    grads = [of_word, *(torch.empty(table.shape, **new) if want else None for table, want in others)]
     sizes = array("q", map(len, tables[:3]))
     outside = cpp.call(
         "embedding_backward", dtype, *_given(indices, tables, keys, rows, width),

@@ -1,4 +1,4 @@
-"""Post-norm encoder layers for training on a CPU as one autograd node: for each one call of C++ forward and one backward.
+"""Post-norm encoder layers for training on a CPU as one autograd node, which calls C++ for each layer.
 
 layer_training.cpp has the equations and lists the saved tensors. The node computes with the operators of
 `products.py`, `attention.py` and `norm.py` and saves what they save. In float32 and under autocast its results have
@@ -146,8 +146,8 @@ def forward(
     x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype,
     first_only: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y [T, C] or with `first_only` [B, C], the tensors saved for the backward pass, in one uint8 buffer). Products are
-    computed in `dtype`; x [T, C] and the weights are in `dtype` or float32.
+    """(y [T, C] or with `first_only` [B, C], the tensors saved for the backward pass, in one uint8 buffer). Products
+    are computed in `dtype`; x [T, C] and the weights are in `dtype` or float32.
 
     Raises: ValueError where cu_seqlens does not cut T rows into sequences, or on shapes that do not fit; MemoryError.
     """

@@ -62,13 +62,7 @@ int input_gradient(
                     weight(i) + column, inner, columns, registers, panel + (int64_t)i * columns / T::PER_LANE * PANEL
                 );
         },
-        [&](int column, int from, int to, int of) {
-            const int64_t all = (int64_t)count * columns;
-            for (int64_t row = all * from / of; row < all * to / of; ++row) {
-                const char* at = (const char*)(weight(row / columns) + row % columns * inner + column);
-                for (size_t byte = 0; byte < sizeof(W) * PANEL; byte += 64) fetch(at + byte);
-            }
-        },
+        [](int, int, int, int) {},  // a prefetch of the next panel's weights takes 1% of a step's time
         [=](int row, int column, Floats sums) {
             const int64_t at = (int64_t)row * inner + column;
             if (h) {

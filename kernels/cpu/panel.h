@@ -110,7 +110,7 @@ struct NothingAhead {
 //     fill(column, registers, panel)  lays out the columns from `column` on
 //     fetch(column, from, to, of)     prefetches the parts `from` to `to`, of `of`, of the data for these columns
 //     put(row, column, sums)          stores a register of sums; should capture by value, see `put_here`
-//     ahead(row, column)              prefetches what `put` will read for a row of a panel
+//     ahead(row, column)              prefetches what `put` will read in a row of a panel
 // Returns 1 if there is no memory for a panel. A row's sums do not depend on the other rows.
 template <class T, class Fill, class Fetch, class Put, class Ahead = NothingAhead>
 int multiply_rows(
@@ -157,8 +157,8 @@ int multiply_rows(
 
 // Prefetches a row of a panel of elements of E.
 template <class E>
-inline void fetch_row(const E* from) {
-    for (size_t byte = 0; byte < sizeof(E) * PANEL; byte += 64) __builtin_prefetch((const char*)from + byte, 0, 3);
+inline void fetch_row(const E* row) {
+    for (size_t byte = 0; byte < sizeof(E) * PANEL; byte += 64) fetch_near((const char*)row + byte);
 }
 
 // Prefetches parts, as `fetch` above, of `bytes` contiguous bytes.

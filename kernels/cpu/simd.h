@@ -206,8 +206,10 @@ inline void layer_norm_of_row(
     }
 }
 
-// Prefetches the address into the second-level cache.
-inline void fetch(const void* what) { __builtin_prefetch(what, 0, 2); }
+// Prefetches the address into the second-level cache, and into the first-level cache. In assembler, because GCC takes a
+// function that only calls __builtin_prefetch for one without effects, and removed the calls.
+inline void fetch(const void* what) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)what)); }
+inline void fetch_near(const void* what) { asm volatile("prefetcht0 %0" : : "m"(*(const char*)what)); }
 
 // Calls take(registers, column) for blocks of MOST registers of columns, and for the remaining, smaller block.
 template <int MOST, class Take>

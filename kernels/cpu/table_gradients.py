@@ -1,8 +1,8 @@
 """Gradients of tables in memory that is used again in each step, with a record of the rows that are not zero.
 
-A step uses some hundreds of the 30,522 rows of a word table, but autograd's gradient has all rows. Within `Kept` blocks
-the gradient is still a whole tensor, but only the rows of the last step and of this one are written, and whoever reads it
-can ask which rows may be other than zero.
+A step uses some hundreds of the 30,522 rows of a word table, but autograd's gradient has all rows. In a `Kept` block
+the gradient is still a whole tensor, but only the rows of the last step and of this one are written, and its reader can
+ask which rows may be other than zero.
 """
 
 from __future__ import annotations
