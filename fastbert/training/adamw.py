@@ -192,8 +192,8 @@ class AdamW(torch.optim.AdamW):
         return None
 
     def _is_planned(self, gradients: list[Tensor | None]) -> bool:
-        """Makes a plan for a step with these gradients unless there is one. False if the C++ does not support an option of
-        a group or a tensor."""
+        """Makes a plan for a step with these gradients unless there is one. False if the C++ does not support an option
+        of a group, or a tensor."""
         if torch.compiler.is_compiling() or getattr(self, "found_inf", None) is not None:
             return False
         if self._plan is None or not self._plan.holds(self, gradients):
