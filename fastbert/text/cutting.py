@@ -44,6 +44,8 @@ _CHARACTERS_PER_TOKEN = 8
 _TOKENS_PER_CHARACTER = 4
 # Characters per wanted token in which boundaries are searched one by one.
 _SEARCHED_PER_TOKEN = 64
+# Characters tokenised at once to count tokens.
+_COUNTED = 65_536
 # Characters of a text from which on it is searched for long words and gaps.
 _WORTH_SHORTENING = 16_384
 
@@ -101,6 +103,19 @@ class Cutter:
             return texts
         return [self.text(text, tokens, shorten) for text in texts]
 
+    def _count(self, text: str) -> int:
+        """The tokens of a whole text, which is tokenised part by part: at once, megabytes would take gigabytes."""
+        count, rest, text = 0, "", self.shortened(text)
+        for at in range(0, len(text), _COUNTED):
+            rest += text[at : at + _COUNTED]
+            end = self._kinds.last_boundary(rest)
+            count += self._tokens(rest[:end])
+            rest = rest[end:]
+        return count + self._tokens(rest)
+
+    def _tokens(self, text: str) -> int:
+        return len(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
     def pair(self, first: str, second: str, tokens: int, strategy: str, is_ending: bool = False) -> tuple[str, str]:
         """A pair that truncates to the same `tokens` tokens by this strategy; is_ending: if ends of texts are kept."""
         part = self.ending if is_ending else self.text
@@ -118,7 +133,11 @@ class Cutter:
                 return short_first, part(second, _most_tokens(short_first))
             if part(first, _most_tokens(second)) is not first:
                 return part(first, _most_tokens(short_second)), short_second
-            return first, second
+            if any(token.single_word for token in self._backend.get_added_tokens_decoder().values()):
+                return first, second  # whether such a token is one depends on characters behind a boundary, too
+            if self._count(first) > self._count(second):
+                return part(first, _most_tokens(short_second)), short_second
+            return short_first, part(second, _most_tokens(short_first))
         if short_second is not second:
             return first, part(second, max(tokens, _most_tokens(first)))
         return part(first, max(tokens, _most_tokens(second))), second

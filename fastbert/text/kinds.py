@@ -116,6 +116,11 @@ class Kinds:
                 return found
             text = found
 
+    def last_boundary(self, text: str) -> int:
+        """The last place where the text can be cut in two parts with the same tokens together; 0 if there is none."""
+        _, boundaries = self._looked_at(text, False)
+        return int(boundaries[-1]) if len(boundaries) else 0
+
     def _looked_at(self, chunk: str, shorten: bool) -> tuple[str, Sequence[int]]:
         """(the chunk, shortened if asked for; places in it where a text can be cut: marks, and spaces before letters).
 
