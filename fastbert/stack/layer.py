@@ -34,7 +34,7 @@ FEW_TOKENS = 64
 
 # Up to so many saved bytes, all layers in training are one node of autograd. Its Python saves some 0.2 ms a layer, but
 # nothing is freed before its backward pass ends.
-SAVED_AT_ONCE = 32 << 20
+SAVED_AT_ONCE = 64 << 20
 
 # ---- one layer -------------------------------------------------------------------------------------------
 
