@@ -1,6 +1,8 @@
 """A word table's gradient in kept memory: the same numbers as in new memory, and only what is known to be zero is
 skipped."""
 
+import threading
+
 import pytest
 import torch
 
@@ -101,8 +103,48 @@ def test_memory_is_used_again_and_rows_are_known():
             assert torch.equal(touched > 0, (gradient != 0).any(1))
             optimizer.step()
             optimizer.zero_grad()
+            assert table_gradients.touched(gradient) is None
+            del gradient
     assert len(places) == 1
-    assert table_gradients.touched(gradient) is None
+
+
+def test_a_gradient_that_something_refers_to_keeps_its_numbers():
+    """As with torch, a gradient that a hook or a caller holds is not written by later steps."""
+    model = model_of()
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    held, copies = [], []
+    with Kept():
+        for step in range(4):
+            batch, labels = batch_of(step)
+            model(batch, labels=labels).loss.backward()
+            gradient = word_of(model).grad
+            held.append([gradient, gradient[5:], gradient.detach(), gradient.numpy()][step])
+            copies.append(torch.as_tensor(held[-1]).clone())
+            del gradient
+            optimizer.step()
+            optimizer.zero_grad()
+        model(*batch_of(9)[:1]).logits.sum().backward()
+    assert all(torch.equal(torch.as_tensor(t), copy) for t, copy in zip(held, copies, strict=True))
+
+
+def test_blocks_of_two_threads_are_apart():
+    """The first thread leaves its block while the second is in its own."""
+    inside, left, found = threading.Event(), threading.Event(), []
+
+    def second():
+        with Kept():
+            inside.set()
+            left.wait(10)
+        found.append(table_gradients.take(torch.Size((4, 8)))[1])
+
+    with Kept():
+        thread = threading.Thread(target=second)
+        thread.start()
+        inside.wait(10)
+    left.set()
+    thread.join()
+    assert found == [None]
+    assert table_gradients.take(torch.Size((4, 8)))[1] is None
 
 
 def test_a_gradient_that_is_still_needed_is_not_written():

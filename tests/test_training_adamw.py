@@ -313,9 +313,25 @@ def no_eps(given, optimizer):
     optimizer.param_groups[0]["eps"] = 0.0
 
 
+def moved_to_another_group(given, optimizer):
+    first, second = optimizer.param_groups
+    second["params"].insert(0, first["params"].pop())  # the order of all parameters is the same
+
+
+def other_memory_of_the_state(given, optimizer):
+    """What moving an optimiser to another device does, with other values."""
+    for state in optimizer.state.values():
+        for t in state.values():
+            t.data = t.detach() + 1.0
+
+
+def same_parameter_twice(given, optimizer):
+    optimizer.param_groups[0]["params"].append(given["matrix"])
+
+
 CHANGES = [
     change_nothing, other_memory, no_gradient, another_group, strided, written_count, replaced_state, other_options,
-    no_eps,
+    no_eps, moved_to_another_group, other_memory_of_the_state, same_parameter_twice,
 ]  # fmt: skip
 
 
@@ -354,3 +370,20 @@ def test_a_copied_optimiser_steps_its_own_parameters():
     gradients_of(2, given)
     optimizer.step()
     assert all(torch.equal(p, copied_given[name]) for name, p in given.items())
+
+
+@pytest.mark.cpp
+def test_a_step_that_failed_is_not_counted():
+    found = []
+    for fails in (False, True):
+        given = parameters()
+        optimizer = trained(AdamW, given, 2)
+        gradients_of(2, given)
+        if fails:
+            decay = optimizer.param_groups[1].pop("weight_decay")
+            with pytest.raises(KeyError):
+                optimizer.step()
+            optimizer.param_groups[1]["weight_decay"] = decay
+        optimizer.step()
+        found.append(given)
+    assert all(torch.equal(p, found[0][name]) for name, p in found[1].items())

@@ -39,6 +39,7 @@ class _Plan:
         self.parameters = _parameters(optimizer)
         self.has_gradient = [g is not None for g in gradients]
         self.choices = [_choices(group) for group in optimizer.param_groups]
+        self.lengths = [len(group["params"]) for group in optimizer.param_groups]
         of_groups = [place for place, group in enumerate(optimizer.param_groups) for _ in group["params"]]
         self.indices = [i for i, has in enumerate(self.has_gradient) if has]
         self.updated = [self.parameters[i] for i in self.indices]
@@ -84,6 +85,8 @@ class _Plan:
 
     def blocks_of(self, p: Tensor, moments: list[Tensor]) -> Tensor | None:
         """Which blocks of p are at rest, if p has these moments and only this plan has written them."""
+        if not all(update.is_in_place() for _, update in self.parts):
+            return None
         for n, updated in enumerate(self.updated):
             if updated is p:
                 noted = self.versions[len(self.steps) + 2 * n :][:2]
@@ -96,6 +99,7 @@ class _Plan:
         state, present = optimizer.state, [g for g in gradients if g is not None]
         return (
             _same(self.parameters, _parameters(optimizer))
+            and self.lengths == [len(group["params"]) for group in optimizer.param_groups]
             and self.has_gradient == [g is not None for g in gradients]
             and self.choices == [_choices(group) for group in optimizer.param_groups]
             and _same(self.states, [state.get(p) for p in self.updated])
@@ -108,12 +112,12 @@ class _Plan:
     def step(self, groups: list[dict[str, Any]], gradients: list[Tensor | None], scale: float) -> None:
         """Updates the parameters. The gradients are multiplied by `scale`."""
         present = [g for g in gradients if g is not None]
-        for of in self.counts:
-            of[1] += 1.0
         by = [
-            cpp.numbers(count, group["lr"], group["betas"], group["eps"], group["weight_decay"], scale)
+            cpp.numbers(count + 1.0, group["lr"], group["betas"], group["eps"], group["weight_decay"], scale)
             for group, count in ((groups[int(group)], count) for group, count in self.counts)
         ]
+        for of in self.counts:  # after `numbers`, which may raise
+            of[1] += 1.0
         for of_part, update in self.parts:
             of_parts_gradients = [present[n] for n in of_part]
             update.step(of_parts_gradients, [table_gradients.touched(g) for g in of_parts_gradients], by)
@@ -206,7 +210,10 @@ class AdamW(torch.optim.AdamW):
         """Whether the C++ step supports the options of every group and all tensors. If so, all have a state."""
         if any(any(_choices(group)[:-1]) for group in self.param_groups):
             return False
-        for p, g in zip(_parameters(self), gradients, strict=True):
+        parameters = _parameters(self)
+        if len(set(parameters)) < len(parameters):  # torch warns of such groups, and updates p twice
+            return False
+        for p, g in zip(parameters, gradients, strict=True):
             if g is None:
                 continue
             state = self.state.get(p, {})
@@ -215,7 +222,7 @@ class AdamW(torch.optim.AdamW):
                 return False
         for group in self.param_groups:
             self._init_group(group, [], [], [], [], [], [])
-        states = [self.state[p] for p, g in zip(_parameters(self), gradients, strict=True) if g is not None]
+        states = [self.state[p] for p, g in zip(parameters, gradients, strict=True) if g is not None]
         return all(of["step"].dtype == torch.float32 and of["step"].is_cpu for of in states)
 
     def _count_versions(self) -> None:

@@ -82,6 +82,7 @@ class Update:
         self.dtype, self.shapes, self.most = parameters[0].dtype, [p.shape for p in parameters], max(places)
         self._held = [*parameters], [*means], [*squares]
         self._resting, self._counts = [*resting], [*counts]  # addresses do not keep tensors alive
+        self._shapes_of_counts = [count.shape for count in counts]
         self._pointers, self._sizes = array("Q"), array("q")
         for p, mean, square, count, rest, place in zip(
             parameters, means, squares, counts, resting, places, strict=True
@@ -96,9 +97,14 @@ class Update:
             self._sizes.extend((size, block_of(p), place))
 
     def takes(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether `step` supports these gradients, and parameters and moments still are at the addresses that were
-        checked."""
-        return addresses(gradients, self.dtype, self.shapes) is not None and all(
+        """Whether `step` supports these gradients, and `is_in_place`."""
+        return addresses(gradients, self.dtype, self.shapes) is not None and self.is_in_place()
+
+    def is_in_place(self) -> bool:
+        """Whether parameters, moments and counts still are at the addresses that were checked: `tensor.data = other`
+        gives a tensor other memory."""
+        counts = addresses(self._counts, torch.float32, self._shapes_of_counts)
+        return counts == self._pointers[6::7] and all(
             addresses(tensors, self.dtype, self.shapes) == self._pointers[place::7]
             for place, tensors in zip((0, 2, 3), self._held, strict=True)
         )

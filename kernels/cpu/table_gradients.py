@@ -7,6 +7,7 @@ ask which rows may be other than zero.
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import NamedTuple
 
@@ -26,9 +27,11 @@ class _Memory(NamedTuple):
 
 
 class Kept:
-    """A block in which the C++ backward pass of embeddings writes a word table's gradient into kept memory.
+    """A block in which the C++ backward pass of embeddings writes a word table's gradient into kept memory, in the
+    thread that entered the block.
 
-    Only for a training loop that calls `give_back` before it drops its gradients, and does not read them afterwards.
+    For a training loop that calls `give_back` before it drops its gradients. A gradient that something else still
+    refers to after that keeps its memory.
     """
 
     def __init__(self) -> None:
@@ -36,15 +39,13 @@ class Kept:
         self._given: dict[torch.Size, _Memory] = {}
 
     def __enter__(self) -> Kept:
-        global _current
-        self._before, _current = _current, self
+        self._before, _here.block = _current(), self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _current
-        _current = self._before
+        _here.block = self._before
 
     def take(self, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         """(gradient, touched) for the backward pass to write. Rows that are not `touched` are zeros. Without `touched`,
@@ -52,7 +53,7 @@ class Kept:
         if shape in self._given:
             return torch.empty(shape, dtype=torch.float32, device="cpu"), None
         kept = self._free.pop(shape, None)
-        if kept is None:
+        if kept is None or _holders(kept.gradient) > 1:
             gradient = torch.empty(shape, dtype=torch.float32, device="cpu")
             touched = torch.ones(shape[0], dtype=torch.uint8, device="cpu")
             kept = _Memory(gradient, touched, gradient._version)
@@ -77,22 +78,32 @@ class Kept:
         self._given.clear()  # a gradient that something else wrote into is dropped
 
 
-_current: Kept | None = None
+_here = threading.local()
+
+
+def _current() -> Kept | None:
+    """The block that this thread is in. On a CPU the backward pass runs in the thread that calls it."""
+    return getattr(_here, "block", None)
+
+
+def _holders(t: Tensor) -> int:
+    """How many tensors and arrays refer to the memory of t, apart from Python's object of its storage."""
+    return torch._C._storage_Use_Count(t.untyped_storage()._cdata) - 1
 
 
 def take(shape: torch.Size) -> tuple[Tensor, Tensor | None]:
     """`Kept.take` of the current block; outside, new memory and None."""
-    if _current is not None:
-        return _current.take(shape)
+    if (block := _current()) is not None:
+        return block.take(shape)
     return torch.empty(shape, dtype=torch.float32, device="cpu"), None
 
 
 def touched(gradient: Tensor) -> Tensor | None:
     """`Kept.touched` of the current block; None outside."""
-    return None if _current is None else _current.touched(gradient)
+    return None if (block := _current()) is None else block.touched(gradient)
 
 
 def give_back(gradients: list[Tensor]) -> None:
     """`Kept.give_back` of the current block; nothing outside."""
-    if _current is not None:
-        _current.give_back(gradients)
+    if (block := _current()) is not None:
+        block.give_back(gradients)
