@@ -226,7 +226,8 @@ def draw_layer(rng: random.Random) -> tuple[str, dict[str, Any]]:
     heads, head_dim = rng.choice((1, 2, 4)), rng.choice((16, 32, 64))
     shape = ModelShape(heads * head_dim, heads, rng.choice((32, 64, 96)), 1, vocab=2)
     options = {"activation": rng.choice(("gelu", "gelu_tanh", "relu")), "dropout_p": rng.choice((0.0, 0.3))}
-    return "encoder_layer", INPUTS["encoder_layer"](shape, lengths_of(rng), **options)
+    inputs = INPUTS["encoder_layer"](shape, lengths_of(rng), **options)
+    return "encoder_layer", inputs | {"first_only": rng.random() < 0.3}
 
 
 def run_case(number: int) -> str | None:

@@ -119,7 +119,8 @@ struct ForwardMemory {
 
     ForwardMemory(const TrainedLayer& l, void* memory) {
         Pieces pieces{(char*)memory};
-        narrow = pieces.take<typename T::Element>(l.wide ? (int64_t)l.rows * l.width : 0);
+        const int64_t most = std::max(l.rows, rows_of_output(l));  // there may be more sequences than tokens
+        narrow = pieces.take<typename T::Element>(l.wide ? most * l.width : 0);
         a = pieces.take<typename T::Element>((int64_t)rows_of_output(l) * l.inner);
         bytes = pieces.bytes;
     }
@@ -163,15 +164,16 @@ inline Dropout of_probabilities(const TrainedLayer& l) {
     return {l.sequence_ids, l.seed, l.probs_stream, l.probs_threshold, l.probs_scale};
 }
 
-// The row of x for a row of the output. A sequence without tokens has that of the next one, or the last row.
+// The row of x for a row of the output. A sequence without tokens has that of the next one, or the last row; -1 if x has
+// no row.
 inline int64_t row_of_x(const TrainedLayer& l, int64_t row) {
-    return l.first_only ? std::max(std::min(l.starts[row], l.rows - 1), 0) : row;
+    return l.first_only ? std::min(l.starts[row], l.rows - 1) : row;
 }
 
 inline void fill_keys(const TrainedLayer& l, uint64_t stream, uint64_t* keys) {
     if (keys)
         for (int64_t row = 0; row < rows_of_output(l); ++row)
-            keys[row] = key_of(l.seed, stream, (uint64_t)l.row_ids[row_of_x(l, row)]);
+            keys[row] = l.rows ? key_of(l.seed, stream, (uint64_t)l.row_ids[row_of_x(l, row)]) : 0;
 }
 
 inline bool has_tokens(const TrainedLayer& l, int64_t sequence) { return l.starts[sequence + 1] > l.starts[sequence]; }
@@ -209,7 +211,8 @@ int forward(
     if (l.first_only) {
         const size_t bytes = width * size_of_x<T>(l);
         for (int64_t row = 0; row < rows; ++row)
-            std::memcpy(saved.first_x + row * bytes, (const char*)x + row_of_x(l, row) * bytes, bytes);
+            if (all_rows) std::memcpy(saved.first_x + row * bytes, (const char*)x + row_of_x(l, row) * bytes, bytes);
+            else std::memset(saved.first_x + row * bytes, 0, bytes);
         for (int row = 0; row <= rows; ++row) saved.first_starts[row] = row;
         x = saved.first_x;
         narrow = narrowed<T>(x, size, l.wide, own.narrow);

@@ -206,7 +206,7 @@ inline void layer_norm_of_row(
     }
 }
 
-// Prefetches the address into the second-level cache, and into the first-level cache. In assembler, because GCC takes a
+// Prefetches the address into the second-level cache, and into the first-level cache. In assembler, because GCC 12.2 takes a
 // function that only calls __builtin_prefetch for one without effects, and removed the calls.
 inline void fetch(const void* what) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)what)); }
 inline void fetch_near(const void* what) { asm volatile("prefetcht0 %0" : : "m"(*(const char*)what)); }
