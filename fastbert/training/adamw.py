@@ -120,7 +120,7 @@ class _Plan:
             of[1] += 1.0
         for of_part, update in self.parts:
             of_parts_gradients = [present[n] for n in of_part]
-            update.step(of_parts_gradients, [table_gradients.touched(g) for g in of_parts_gradients], by)
+            update.step(of_parts_gradients, table_gradients.touched_of(of_parts_gradients), by)
         torch.autograd.graph.increment_version([*self.updated, *self.moments])
         self._note_versions()
 
@@ -177,7 +177,7 @@ class AdamW(torch.optim.AdamW):
         if torch.compiler.is_compiling() or not cpp.takes(*gradients) or len({g.dtype for g in gradients}) > 1:
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
             return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2 gives a sharded norm
-        norm = cpp.norm(gradients, [table_gradients.touched(g) for g in gradients])
+        norm = cpp.norm(gradients, table_gradients.touched_of(gradients))
         self._scale = 1.0 if norm + 1e-6 <= max_norm else max_norm / (norm + 1e-6)
         return norm
 

@@ -46,6 +46,8 @@ bool has_any(const typename T::Element* x, int64_t n) {
     return sum_of(sum) != 0.0f;
 }
 
+constexpr int AHEAD = 1024;  // bytes; the processor itself prefetches fewer streams, and none into the next page
+
 // Updates n elements. at_rest: null, or a byte that says whether all of their m and v are zero. has_gradient: false if the
 // gradient is known to be zero.
 template <class T>
@@ -63,6 +65,8 @@ void update(
     Floats moved = floats(0.0f);
     for (int64_t i = 0; i < n; i += WIDTH) {
         const int64_t left = n - i;
+        for (const void* of : {(const void*)(p + i), (const void*)(gradient + i), (const void*)(m + i), (const void*)(v + i)})
+            fetch_near((const char*)of + AHEAD);
         const Floats g = floats(by.scale) * load_first<T>(gradient + i, left);
         const Floats before = load_first<T>(m + i, left);
         const Floats mean = fma(floats(by.of_m), g - before, before);

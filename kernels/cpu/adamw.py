@@ -145,7 +145,7 @@ def norm(gradients: Sequence[Tensor], touched: Sequence[Tensor | None]) -> float
         size = g.numel()
         of_rows = address_or_none("touched", rows, torch.uint8, _blocks(g))
         pointers.extend((address("gradient", g, dtype, size), of_rows or 0))
-        sizes.extend((size, block_of(g)))
+        sizes.extend((size, 1 if rows is None else block_of(g)))
     cpp.call(
         "sum_squares", dtype, pointers.buffer_info()[0], sizes.buffer_info()[0], len(gradients),
         sum_of_squares.buffer_info()[0],

@@ -8,6 +8,7 @@ ask which rows may be other than zero.
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
@@ -68,6 +69,10 @@ class Kept:
         where = addresses([gradient], torch.float32, [gradient.shape])
         return kept.touched if where == addresses([kept.gradient], torch.float32, [gradient.shape]) else None
 
+    def shapes(self) -> Collection[torch.Size]:
+        """Those of the gradients of which something may be known."""
+        return self._given.keys()
+
     def give_back(self, gradients: list[Tensor]) -> None:
         """These gradients are no longer needed; the memory of those from `take` may be written again."""
         if not self._given:
@@ -96,6 +101,13 @@ def take(shape: torch.Size) -> tuple[Tensor, Tensor | None]:
     if (block := _current()) is not None:
         return block.take(shape)
     return torch.empty(shape, dtype=torch.float32, device="cpu"), None
+
+
+def touched_of(gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """`touched` of each gradient."""
+    block = _current()
+    shapes = () if block is None else block.shapes()
+    return [touched(g) if g.shape in shapes else None for g in gradients] if shapes else [None] * len(gradients)
 
 
 def touched(gradient: Tensor) -> Tensor | None:
