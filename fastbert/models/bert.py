@@ -279,7 +279,7 @@ class BertModel(PretrainedEncoder):
             y = in_one_call(x, plain[: len(layers) - but_last], shared)
             if y is not None:
                 x, layers, ends_first = y, layers[-1:] if but_last else [], but_last
-        if hidden_states is None and attentions is None and self.training and self.checkpointing is None:
+        if x.is_cpu and hidden_states is None and attentions is None and self.training and self.checkpointing is None:
             y = in_one_node(x, self._for_one_node(layers, plain, shared), shared, ends_first)
             if y is not None:
                 return F.pool(y, batch.cu_seqlens, "cls", impl=self.impl) if first_only and not ends_first else y
