@@ -65,10 +65,6 @@ def encoder_layer(
         return None
     _expect(x, cu_seqlens, [options], seed, row_ids, sequence_ids)
     return module.encoder_layer(
-            x, weights, cu_seqlens.contiguous(), options,
-            seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, first_only=first_only,
-        )  # fmt: skip
-    return module.encoder_layer(
         x, weights, cu_seqlens.contiguous(), max_seqlen, options,
         schedule=schedule, seed=seed, row_ids=row_ids, sequence_ids=sequence_ids, taken=taken, qkv=qkv,
     )  # fmt: skip
