@@ -133,6 +133,8 @@ class Cutter:
                 return short_first, part(second, _most_tokens(short_first))
             if part(first, _most_tokens(second)) is not first:
                 return part(first, _most_tokens(short_second)), short_second
+            if self._backend.truncation or self._backend.padding:
+                return first, second  # such a backend does not tell how many tokens a whole text has
             if any(token.single_word for token in self._backend.get_added_tokens_decoder().values()):
                 return first, second  # whether such a token is one depends on characters behind a boundary, too
             if self._count(first) > self._count(second):
