@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import types
 
 import pytest
 import torch
@@ -221,6 +222,34 @@ def test_restoring_keeps_the_hooks_of_accelerate():
     for model in (ours, plain):
         hooks.remove_hook_from_module(model)
     assert_same(ours, plain, torch.ones_like(MASK))
+
+
+@pytest.mark.parametrize("duplicate", [None, copy.copy, copy.deepcopy])
+def test_a_forward_that_is_made_a_method(duplicate):
+    """The library accelerate does this in `unwrap_model(model, keep_fp32_wrapper=False)`. The module then came to the
+    `forward` as the first argument, as if it were input_ids."""
+    plain = plain_model()
+    ours = accelerated(plain, "exact")
+    ours.forward = types.MethodType(ours.forward, ours)
+    if duplicate is not None:
+        ours = duplicate(ours)
+        with torch.no_grad():
+            for model in (ours, plain):
+                model.encoder.layer[0].output.dense.weight[3] *= 5.0
+    else:
+        assert isinstance(forward_of(ours), Forward)
+    assert_same(ours, plain, torch.ones_like(MASK))
+    fastbert.restore(ours)
+    assert forward_of(ours) is None
+    assert_same(ours, plain, torch.ones_like(MASK))
+
+
+def test_code_that_changes_the_function_of_a_forward_is_refused():
+    """The library adapters does this when it is put on a model with a head."""
+    ours = accelerated(plain_model())
+    assert not hasattr(ours.forward, "__func__")
+    with pytest.raises(AttributeError, match=r"call fastbert\.restore\(model\) before"):
+        ours.forward.__func__.__signature__ = None
 
 
 class Forgetful(transformers.BertModel):

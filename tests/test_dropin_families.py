@@ -13,7 +13,7 @@ import torch
 
 import fastbert
 from dropin_models import HEADS, MASKS, MODELS, RMS, SIZES, T5, TOWERS, WIDTH, assert_gradients, labels_of, three
-from fastbert.dropin.families import FAMILIES
+from fastbert.dropin.families import FAMILIES, FAMILIES_OF_4
 from fastbert.testing import assert_within_budget
 
 transformers = pytest.importorskip("transformers", minversion="5.24", reason="these encoders are accelerated")
@@ -334,3 +334,30 @@ def test_gte_without_token_types():
     with torch.no_grad():
         assert_within_budget(*(model(**batch).last_hidden_state for model in (ours, plain, truth)))
     assert_fused(ours)
+
+
+VALUES = {  # of a mask [B, S]: numbers of parts, a value for padding, weights
+    "parts": lambda mask: mask * (1 + (torch.arange(WIDTH) > 4) + (torch.arange(WIDTH) > 8)),
+    "minus_one": lambda mask: mask - (1 - mask),
+    "weights": lambda mask: mask * torch.linspace(0.1, 1.0, WIDTH),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves this call")
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in TOWERS])
+def test_values_of_a_mask_other_than_0_and_1(name, values):
+    """Most models ask only which of them are 0. DeBERTa multiplies its embeddings by them, and LayoutLM and MarkupLM
+    subtract them from 1, so that a value of 2 hides all other tokens."""
+    plain = build(name)
+    batch = batch_of(name, plain, MASKS["right"])
+    batch["attention_mask"] = VALUES[values](batch["attention_mask"])
+    ours = fastbert.accelerate(copy.deepcopy(plain), impl="native", padding="zero")
+    with torch.no_grad():
+        mine, theirs = ours(**batch)[0], plain(**batch)[0]
+    real = MASKS["right"]
+    torch.testing.assert_close(mine[real], theirs[real], atol=2e-4, rtol=1e-3, equal_nan=True)
+
+
+def test_transformers_4_computes_with_the_values_of_a_mask():
+    assert all(family.zero_or_one for family in FAMILIES_OF_4.values())

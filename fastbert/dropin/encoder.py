@@ -217,7 +217,9 @@ class EncoderForward(InspectedForward):
     def rows_of(self, mask: Tensor, reads: bool | Tensor, others: Tensor | None) -> tuple[Rows, bool]:
         reach, causal = self.reach()
         facts, zeros = self.facts, (causal or reach is not None) and blind_is_zero(self.module)
-        return rows_to_compute(mask, reads, others, facts.relative, reach, causal, facts.first_column, zeros)
+        return rows_to_compute(
+            mask, reads, others, facts.relative, reach, causal, facts.first_column, zeros, facts.zero_or_one
+        )
 
     def reach(self) -> tuple[int | None, bool]:
         """(the smallest window of a layer to the left, None if no layer has one; whether tokens see no later ones)."""

@@ -166,6 +166,7 @@ class Family:
         bias: the module with the table `relative_attention_bias` for the attention bias of all layers (MPNet, T5).
         distances: the module with the table of distances that the layers' `distances` project (DeBERTa).
         masks_embeddings: whether the embeddings of padding are zeros.
+        zero_or_one: whether the code computes with the values of a mask, and does not only ask which of them are 0.
         word_class: transformers' class of the word table if that is no nn.Embedding; it is called with tokens [T].
         position_class: the same of the table of positions; it has `offset` rows before that of the first position.
         layerdrop: the probability with which training leaves out a layer; the original's code runs such calls.
@@ -212,6 +213,7 @@ class Family:
     bias: str | None = None
     distances: str | None = None
     masks_embeddings: bool = False
+    zero_or_one: bool = False
     word_class: str | None = None
     position_class: str | None = None
     layerdrop: str | None = None

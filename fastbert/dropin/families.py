@@ -241,7 +241,9 @@ _AROUND_MODERNBERT = {
 _TYPES = {"token_type_ids": None}  # for `Family.called`
 
 
-def _called(name: str, output: str, called: dict[str, tuple[int | str, ...] | None], layer: dict[str, Any]) -> Family:
+def _called(
+    name: str, output: str, called: dict[str, tuple[int | str, ...] | None], layer: dict[str, Any], **different: Any
+) -> Family:
     """A family whose embeddings are called as they are."""
     return Family(
         _bert_layer(name, **layer),
@@ -256,6 +258,7 @@ def _called(name: str, output: str, called: dict[str, tuple[int | str, ...] | No
         dropout=None,
         called={"position_ids": None, "inputs_embeds": None} | called,
         heads=False,
+        **different,
     )
 
 
@@ -340,6 +343,7 @@ FAMILIES = {
         modules={"embeddings": ("DebertaV2Embeddings",), "encoder": ("DebertaV2Encoder",)},
         distances="encoder",
         masks_embeddings=True,
+        zero_or_one=True,
     ),
     "ErnieModel": _bert("Ernie"),  # with task ids it has a table that this row does not name, and is left alone
     "Data2VecTextModel": _roberta("Data2VecText"),
@@ -395,12 +399,16 @@ FAMILIES = {
         tables_of_rotation="rotary_embeddings",
         variant=("position_embedding_type", "absolute", _ESM),  # ESM-1b and ESM-1v
     ),
-    "LayoutLMModel": _called("LayoutLM", _PLAIN_POOLED, _TYPES | {"bbox": (4,)}, _NUMBER),
+    "LayoutLMModel": _called("LayoutLM", _PLAIN_POOLED, _TYPES | {"bbox": (4,)}, _NUMBER, zero_or_one=True),
     "RoCBertModel": _called(
         "RoCBert", _POOLED, _TYPES | {"input_shape_ids": None, "input_pronunciation_ids": None}, {}
     ),
     "MarkupLMModel": _called(
-        "MarkupLM", _PLAIN_POOLED, _TYPES | {"xpath_tags_seq": None, "xpath_subs_seq": None}, _NUMBER
+        "MarkupLM",
+        _PLAIN_POOLED,
+        _TYPES | {"xpath_tags_seq": None, "xpath_subs_seq": None},
+        _NUMBER,
+        zero_or_one=True,
     ),
     "TapasModel": _called("Tapas", _PLAIN_POOLED, {"token_type_ids": ("type_vocab_sizes",)}, _EAGER),
     "VisualBertModel": _called("VisualBert", _PLAIN_POOLED, _TYPES, _EAGER),
@@ -415,10 +423,11 @@ _OF_4 = (
     "MPNetModel",
 )  # fmt: skip
 _MODERNBERT = FAMILIES["ModernBertModel"]
-FAMILIES_OF_4 = {name: FAMILIES[name] for name in _OF_4} | {
+FAMILIES_OF_4 = {name: replace(FAMILIES[name], zero_or_one=True) for name in _OF_4} | {
     "ModernBertModel": replace(
         _MODERNBERT,
         layer=replace(_MODERNBERT.layer, attention_type="attn.local_attention", rotary="attn.rotary_emb"),
         last_state_normed=False,
+        zero_or_one=True,
     )
 }

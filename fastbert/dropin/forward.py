@@ -11,7 +11,7 @@ import inspect
 import sys
 import threading
 import warnings
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -47,6 +47,12 @@ class Forward:
     def __code__(self) -> CodeType:
         """The original's. torch.export reads from it the place in the source."""
         return type(self.module).forward.__code__
+
+    @property
+    def __func__(self) -> Any:
+        raise AttributeError(
+            "an accelerated forward is no method whose function can be changed: call fastbert.restore(model) before it"
+        )
 
     @property
     def __globals__(self) -> dict[str, Any]:
@@ -106,6 +112,10 @@ class Forward:
     def __call__(self, *args, **kwargs):
         if len(args) == 3 and isinstance(args[1], Pass):
             return self.call_packed(*args)
+        if args and isinstance(args[0], nn.Module):  # somebody made a method of it, as `accelerate`'s unwrap_model does
+            module, *args = args
+            if module is not self.module:  # a copy of the module, which has the same method
+                return type(module).forward(module, *args, **kwargs)
         if not torch.compiler.is_compiling():
             called = called_module()
             if called is not None and called is not self.module and has_entries_of(called, self.module):
@@ -143,7 +153,13 @@ class State(dict):
 def _put_as(name: str, value: Any) -> Forward | None:
     """The `Forward` whose `put` makes such an entry of a module's `__dict__`; None if none does."""
     forward = getattr(value, "__self__", value)
+    forward = forward if isinstance(forward, Forward) else _unbound(value)
     return forward if isinstance(forward, Forward) and name in forward.entries() else None
+
+
+def _unbound(value: Any) -> Any:
+    """A function or `Forward` that was made a method of a module."""
+    return value.__func__ if isinstance(value, MethodType) else value
 
 
 def has_entries_of(module: nn.Module, accelerated: nn.Module) -> bool:
@@ -155,7 +171,7 @@ def has_entries_of(module: nn.Module, accelerated: nn.Module) -> bool:
 
 def forward_of(module: nn.Module) -> Forward | None:
     """The `Forward` that runs when `module` is called; None if it is not accelerated."""
-    forward = module.__dict__.get("forward")
+    forward = _unbound(module.__dict__.get("forward"))
     return forward if isinstance(forward, Forward) and forward.module is module else None
 
 
@@ -167,8 +183,8 @@ def remove_forwards(module: nn.Module) -> None:
     for name, value in list(own.items()):
         if name in put:
             del own[name]
-            if value is put[name] and value.module is module:
-                value.release()
+            if _unbound(value) is put[name] and put[name].module is module:
+                put[name].release()
         elif isinstance(value, Forward):  # kept by code that wraps it, or given to another module
             own[name] = value.original
 

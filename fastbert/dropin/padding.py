@@ -105,13 +105,14 @@ class Rows:
 
 FULL = Rows()
 EMPTY = "a sequence has no token"  # the fused code gives zeros for it, other code the mean of all values
+VALUES = "attention_mask has values other than 0 and 1, with which the original computes"
 WINDOW = "padding that is read sees no token under a sliding window"
 BEFORE = 'padding that may be read, before the tokens of a causal model, sees no token (padding="zero" leaves it out)'
 
 
 def rows_to_compute(
     mask: Tensor, reads: bool | Tensor, others: Tensor | None = None, relative: bool = False, reach: int | None = None,
-    causal: bool = False, first_column: bool = True, blind_is_zero: bool = False,
+    causal: bool = False, first_column: bool = True, blind_is_zero: bool = False, zero_or_one: bool = False,
 ) -> tuple[Rows, bool]:  # fmt: skip
     """(the rows of a batch that are computed, whether `others` was the reason). Waits once for the device.
 
@@ -125,6 +126,7 @@ def rows_to_compute(
         causal: whether tokens see no later ones.
         first_column: whether the first column is computed even if it is padding.
         blind_is_zero: whether the original's attention gives zeros where a row of padding sees no token, as ours does.
+        zero_or_one: whether the original computes with the mask's values, so that others than 0 and 1 run its own code.
     """
     real = mask != 0
     left_out = ~real
@@ -133,8 +135,13 @@ def rows_to_compute(
         looks += [(reads & left_out).sum(1), reads[:, 0] & left_out[:, 0]]
     if others is not None:
         looks.append((others & left_out).any(1))
+    checks_values = zero_or_one and mask.dtype != torch.bool
+    if checks_values:
+        looks.append((real & (mask != 1)).any(1))
     # one copy to the host with all the numbers of each sequence that depend on the mask
     keys, first, ends, *more = torch.stack([look.to(torch.int64) for look in looks]).tolist()
+    if checks_values and any(more.pop()):
+        return Rows(reason=VALUES), False
     shortest, width = min(keys, default=mask.shape[1]), mask.shape[1]
     if shortest == width:
         return FULL, False
