@@ -63,6 +63,13 @@ def add_layer_norm(
     )
 
 
+def dropout(x, dropout_p, seed, stream, row_ids):
+    """In C++ where that is built, else the specification."""
+    if dropout_p and cpu_norm.takes_dropout(x):
+        return cpu_norm.dropout(x, dropout_p, _keys_of_rows(x[:, 0], seed, stream, row_ids))
+    return reference.dropout(x, dropout_p, seed, stream, row_ids)
+
+
 def add_rms_norm(x, residual, weight, eps=1e-6, *, x_bias=None, **dropout):
     """The specification's sum, then the norm in one pass in C++ where that is built."""
     z = reference.dropout_add(x, residual, x_bias, **dropout)

@@ -219,12 +219,12 @@ def test_gradients_of_frozen_parts_are_not_computed(monkeypatch):
     of = F.LayerWeights(*(w.requires_grad_(i >= 14) for i, w in enumerate(weights)))
     options = F.LayerOptions(2, fold=True)
     names = cpu_layer.Names(shared.batch.cu_seqlens, None, None)
-    _, saved = cpu_layer.forward(x, of, names, options, 0, torch.float32)
+    _, saved = cpu_layer.forward(x, [of], names, [options], 0, torch.float32)
     poisoned = F.LayerWeights(*(w if i >= 14 else torch.full_like(w, torch.nan) for i, w in enumerate(of)))._replace(
         down_bias=of.down_bias
     )
     wanted = [False] * 15 + [True] * 2
-    gradients = cpu_layer.backward(dy, x, poisoned, saved, names, options, 0, torch.float32, wanted)
+    gradients = cpu_layer.backward(dy, [x], [poisoned], saved, names, [options], 0, torch.float32, wanted)
     assert all(g is None for g in gradients[:15])
     assert all(g.isfinite().all() for g in gradients[15:])
 
@@ -419,10 +419,10 @@ def test_what_needs_the_separate_operators(nodes, one_by_one):
 def test_layers_that_the_cpp_cannot_take(change, reason):
     weights, options = F.LayerWeights(*layer_of().tensors()), F.LayerOptions(heads=2, fold=True)
     x = torch.zeros(3, 64)
-    assert cpu_layer.takes(x, weights, options)
+    assert cpu_layer.takes(x, [weights], [options])
     weights = weights._replace(**{name: t for name, t in change.items() if name in weights._fields})
     options = options._replace(**{name: value for name, value in change.items() if name in options._fields})
-    assert not cpu_layer.takes(x, weights, options)
+    assert not cpu_layer.takes(x, [weights], [options])
 
 
 def test_invalid_lengths_are_refused():

@@ -70,13 +70,14 @@ LAYER_OPTIONS = LayerOptions(H, probs_p=0.1, out_p=0.1, down_p=0.1, fold=True)
 
 def trained_layer(x, starts, sequences, rows, *weights):
     names = encoder_layer.Names(starts, sequences, rows)
-    return encoder_layer.forward(x, LayerWeights(*weights), names, LAYER_OPTIONS, 1, torch.float32)
+    (y,), (saved,) = encoder_layer.forward(x, [LayerWeights(*weights)], names, [LAYER_OPTIONS], 1, torch.float32)
+    return y, saved
 
 
 def trained_layer_backward(dy, x, starts, sequences, rows, saved, *weights):
     names, wanted = encoder_layer.Names(starts, sequences, rows), [True] * 17
     return encoder_layer.backward(
-        dy, x, LayerWeights(*weights), saved, names, LAYER_OPTIONS, 1, torch.float32, wanted
+        dy, [x], [LayerWeights(*weights)], [saved], names, [LAYER_OPTIONS], 1, torch.float32, wanted
     )  # fmt: skip
 
 

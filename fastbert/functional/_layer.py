@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -85,7 +84,7 @@ def encoder_layers(
     """`encoder_layer` for layers one after another; `first_only` is about the last. Only the C++ operators for training
     have it. All layers are one node of autograd: their gradients come at the same time, and what they saved for the
     backward pass is freed at its end."""
-    if choose_impl(impl, x.device) != "native" or not all(map(partial(cpu_encoder_layer.takes, x), layers, options)):
+    if choose_impl(impl, x.device) != "native" or not cpu_encoder_layer.takes(x, layers, options):
         return None
     _expect(x, cu_seqlens, options, seed, row_ids, sequence_ids)
     return cpu_encoder_layer.encoder_layers(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import reference
-from ._choice import Impl, resolve
+from ..kernels import native, reference
+from ._choice import Impl, choose_impl, resolve
 from ._expect import expect_dropout, expect_integers, expect_one_device
 
 __all__ = ["add_layer_norm", "add_layer_norm_sum", "add_rms_norm", "dropout"]
@@ -105,9 +105,11 @@ def add_rms_norm(
 
 
 def dropout(
-    x: Tensor, dropout_p: float, seed: Tensor | None, *, stream: int = 0, row_ids: Tensor | None = None
-) -> Tensor:
-    """x [M, N] with elements dropped as in `add_layer_norm`, the others scaled by 1 / (1 - dropout_p). Plain torch."""
+    x: Tensor, dropout_p: float, seed: Tensor | None, *, stream: int = 0, row_ids: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Tensor:  # fmt: skip
+    """x [M, N] with elements dropped as in `add_layer_norm`, the others scaled by 1 / (1 - dropout_p). On a CPU in C++
+    where that is built, else in plain torch."""
     if x.dim() != 2:
         raise ValueError(f"dropout: x must be [M, N], got {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -115,4 +117,6 @@ def dropout(
     expect_dropout("dropout", dropout_p, seed)
     if row_ids is not None:
         expect_integers("dropout", "row_ids", row_ids, x.shape[0])
+    if choose_impl(impl, x.device) == "native":
+        return native.dropout(x, dropout_p, seed, stream, row_ids)
     return reference.dropout(x, dropout_p, seed, stream, row_ids)

@@ -66,7 +66,7 @@ class BertEmbeddings(nn.Module):
                 own.weight, own.bias, own.eps, padding_idx=word.padding_idx, impl=shared.impl, **dropout,
             )  # fmt: skip
         x = norm_only(inputs_embeds + segment(types) + position(batch.positions), norm, shared)
-        return F.dropout(x, **dropout) if dropout else x
+        return F.dropout(x, **dropout, impl=shared.impl) if dropout else x
 
 
 @cache

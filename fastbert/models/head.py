@@ -197,7 +197,7 @@ class BertHead(nn.Module):
         if not self.training or self.dropout_p == 0.0:
             return x
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-        return F.dropout(x, self.dropout_p, seed, row_ids=row_ids)
+        return F.dropout(x, self.dropout_p, seed, row_ids=row_ids, impl=self.impl)
 
     def pooled_dropped(self, encoded: Encoded) -> Tensor:
         """dropout of the pooler's output [B, C]."""

@@ -108,7 +108,7 @@ class Pass:
     def drop(self, x: Tensor, p: float, stream: int) -> Tensor:
         """dropout(x) for x [T, C] beside a module that is called, with the mask that an operator would draw."""
         options = self.dropout(p, stream)
-        return F.dropout(x, **options) if options else x
+        return F.dropout(x, **options, impl=self.impl) if options else x
 
     def dropout_of_probabilities(self, p: float, stream: int) -> dict[str, Any]:
         """Dropout arguments of attention."""

@@ -174,10 +174,11 @@ class AdamW(torch.optim.AdamW):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
         # Where torch's step follows nevertheless, `_scale_gradients` scales them first.
-        if torch.compiler.is_compiling() or not cpp.takes(*gradients) or len({g.dtype for g in gradients}) > 1:
+        is_compiling = torch.compiler.is_compiling()
+        norm = None if is_compiling else cpp.norm(gradients, table_gradients.touched_of(gradients))
+        if norm is None:
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
             return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2 gives a sharded norm
-        norm = cpp.norm(gradients, table_gradients.touched_of(gradients))
         self._scale = 1.0 if norm + 1e-6 <= max_norm else max_norm / (norm + 1e-6)
         return norm
 

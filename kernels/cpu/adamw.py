@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import operators as cpp
-from .pointers import PLAIN, address, address_or_none, addresses
+from .pointers import PLAIN, address, address_or_none, addresses, places, plain_addresses
 
 BLOCK = 4096  # elements that `step` updates at a time in a tensor of one dimension
 
@@ -84,6 +84,7 @@ class Update:
         self._resting, self._counts = [*resting], [*counts]  # addresses do not keep tensors alive
         self._shapes_of_counts = [count.shape for count in counts]
         self._pointers, self._sizes = array("Q"), array("q")
+        self._found: array | None = None  # the addresses of the gradients that `takes` was last called with
         for p, mean, square, count, rest, place in zip(
             parameters, means, squares, counts, resting, places, strict=True
         ):
@@ -98,15 +99,14 @@ class Update:
 
     def takes(self, gradients: Sequence[Tensor]) -> bool:
         """Whether `step` supports these gradients, and `is_in_place`."""
-        return addresses(gradients, self.dtype, self.shapes) is not None and self.is_in_place()
+        self._found = addresses(gradients, self.dtype, self.shapes) if self.is_in_place() else None
+        return self._found is not None
 
     def is_in_place(self) -> bool:
         """Whether parameters, moments and counts still are at the addresses that were checked: `tensor.data = other`
         gives a tensor other memory."""
-        counts = addresses(self._counts, torch.float32, self._shapes_of_counts)
-        return counts == self._pointers[6::7] and all(
-            addresses(tensors, self.dtype, self.shapes) == self._pointers[place::7]
-            for place, tensors in zip((0, 2, 3), self._held, strict=True)
+        return places(self._counts) == self._pointers[6::7] and all(
+            places(tensors) == self._pointers[place::7] for place, tensors in zip((0, 2, 3), self._held, strict=True)
         )
 
     def step(self, gradients: Sequence[Tensor], touched: Sequence[Tensor | None], by: Sequence[Numbers]) -> None:
@@ -118,7 +118,9 @@ class Update:
         """
         if len(by) <= self.most:
             raise ValueError(f"adamw: got numbers for {len(by)} places, but a parameter has place {self.most}")
-        found = addresses(gradients, self.dtype, self.shapes)
+        found, self._found = self._found, None
+        if found is None or found != places(gradients):
+            found = addresses(gradients, self.dtype, self.shapes)
         if found is None:
             for g, p in zip(gradients, self._held[0], strict=True):
                 address("gradient", g, self.dtype, p.numel())
@@ -135,17 +137,23 @@ class Update:
         )  # fmt: skip
 
 
-def norm(gradients: Sequence[Tensor], touched: Sequence[Tensor | None]) -> float:
-    """The square root of the sum of squares of all elements. All gradients have one dtype. touched: as in `Update`."""
+def norm(gradients: Sequence[Tensor], touched: Sequence[Tensor | None]) -> float | None:
+    """The square root of the sum of squares of all elements; None if the C++ does not support these gradients, or they
+    have several dtypes. touched: as in `Update`."""
     if not gradients:
         return 0.0
     dtype, sum_of_squares = gradients[0].dtype, array("d", [0.0])
-    pointers, sizes = array("Q"), array("q")
-    for g, rows in zip(gradients, touched, strict=True):
-        size = g.numel()
-        of_rows = address_or_none("touched", rows, torch.uint8, _blocks(g))
-        pointers.extend((address("gradient", g, dtype, size), of_rows or 0))
-        sizes.extend((size, 1 if rows is None else block_of(g)))
+    found = plain_addresses(gradients, dtype) if dtype in cpp.dtypes() else None
+    if found is None:
+        return None
+    pointers, sizes = array("Q", bytes(16 * len(found))), array("q", bytes(16 * len(found)))
+    pointers[::2] = found
+    sizes[::2] = array("q", [g.numel() for g in gradients])
+    sizes[1::2] = array("q", [1]) * len(found)
+    for i, rows in enumerate(touched):
+        if rows is not None:
+            pointers[2 * i + 1] = address("touched", rows, torch.uint8, _blocks(gradients[i]))
+            sizes[2 * i + 1] = block_of(gradients[i])
     cpp.call(
         "sum_squares", dtype, pointers.buffer_info()[0], sizes.buffer_info()[0], len(gradients),
         sum_of_squares.buffer_info()[0],

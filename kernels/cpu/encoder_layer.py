@@ -1,4 +1,4 @@
-"""Post-norm encoder layers for training on a CPU as one autograd node, which calls C++ for each layer.
+"""Post-norm encoder layers for training on a CPU as one autograd node, with one C++ call forward and one backward.
 
 layer_training.cpp has the equations and lists the saved tensors. The node computes with the operators of
 `products.py`, `attention.py` and `norm.py` and saves what they save. In float32 and under autocast its results have
@@ -32,8 +32,6 @@ from . import library, products
 from . import operators as cpp
 from .library import NO_MEMORY, WIDTH
 from .pointers import PLAIN, address, address_of_starts, addresses
-
-SAVED, FORWARD, BACKWARD = range(3)  # the three buffers whose size `encoder_layer_bytes` returns
 
 
 class Names(NamedTuple):
@@ -72,67 +70,101 @@ def layer_shapes(width: int, attended: int, inner: int) -> list[tuple[int, ...]]
     return [*of_qkv, (width, attended), vector, vector, vector, (inner, width), (inner,), (width, inner), *[vector] * 3]
 
 
-def takes(x: Tensor, weights: LayerWeights, options: LayerOptions) -> bool:
-    """Whether `encoder_layer` can replace the single operators: x or a weight needs a gradient, every operator of the
-    layer would run in C++, no bias is missing, and no dispatch mode has to see the single operators."""
-    if not options.fold or options.activation not in cpp.ACTIVATION_NUMBERS or any(t is None for t in weights):
+def takes(x: Tensor, layers: Sequence[LayerWeights], options: Sequence[LayerOptions]) -> bool:
+    """Whether `encoder_layers` can replace the single operators: x or a weight needs a gradient, every operator of the
+    layers would run in C++, no bias is missing, and no dispatch mode has to see the single operators."""
+    weights = list(itertools.chain.from_iterable(layers))
+    if any(t is None for t in weights):
         return False
-    if not products.takes(x, weights[:6:2], weights[1:6:2], options.activation, later=weights[6:]):
+    if not all(of.fold and of.activation in cpp.ACTIVATION_NUMBERS for of in options):
         return False
-    if x.dtype != weights.query.dtype:
+    first = layers[0]
+    if not products.takes(x, first[:6:2], first[1:6:2], options[0].activation, later=weights[6:]):
         return False
+    dtype = x.dtype
     if x.dim() != 2 or not x.is_contiguous():
         return False
-    if not all(type(t) in PLAIN and t.is_cpu and t.dtype is x.dtype and t.is_contiguous() for t in weights[6:]):
+    if not all(type(t) in PLAIN and t.dtype is dtype and t.is_cpu and t.is_contiguous() for t in weights):
         return False
     multiple = WIDTH * 4 // products.dtype_of(x).itemsize
-    return _fits(x.shape[1], tuple(t.shape for t in weights), options.heads, multiple)
+    return all(
+        _fits(x.shape[1], tuple([t.shape for t in of_layer]), of.heads, multiple)
+        for of_layer, of in zip(layers, options, strict=True)
+    )
 
 
 # ---- the calls -------------------------------------------------------------------------------------------
 
 
-def _described(
-    x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype,
-    first_only: bool,
-) -> _Layer:  # fmt: skip
-    """The structure that describes this layer and batch. Raises ValueError on sizes that the C++ does not support."""
-    attended, width = weights.query.shape
-    for what, size in (("width", width), ("width of attention", attended), ("inner width", len(weights.up))):
+@functools.lru_cache(1024)
+def _numbers(width: int, attended: int, inner: int, options: LayerOptions, dtype: torch.dtype) -> tuple[tuple, tuple]:
+    """The fields of `_Layer` from `probs_stream` to `attention_scale`, and from `width` to `activation`. Raises
+    ValueError on sizes that the C++ does not support."""
+    for what, size in (("width", width), ("width of attention", attended), ("inner width", inner)):
         cpp.expect_multiple("encoder_layer", f"the {what}", size, WIDTH * 4 // dtype.itemsize)
     if options.heads < 1 or attended % (options.heads * WIDTH):
         raise ValueError(f"encoder_layer: {options.heads} heads do not fit attention of width {attended}")
-    drops, rows = (options.probs_p, options.out_p, options.down_p), x.shape[0]
-    if max(drops) > 0.0 and (names.sequence_ids is None or names.row_ids is None):
-        raise ValueError("encoder_layer: dropout needs sequence_ids and row_ids")
-    starts, sequences = address_of_starts("cu_seqlens", names.cu_seqlens)
-    of_names = (
-        None if t is None else address(name, t, torch.int64, count)
-        for name, t, count in (("sequence_ids", names.sequence_ids, sequences), ("row_ids", names.row_ids, rows))
-    )
-    return _Layer(
-        starts, *of_names, seed, options.probs_stream, options.out_stream, options.down_stream,
-        *map(keep_threshold, drops), *(1.0 / (1.0 - p) for p in drops), options.out_eps, options.down_eps,
-        (attended // options.heads) ** -0.5, sequences, rows, width, attended, len(weights.up), options.heads,
-        cpp.ACTIVATION_NUMBERS[options.activation], cpp.is_wide("x", x.dtype, dtype), first_only,
+    drops = (options.probs_p, options.out_p, options.down_p)
+    of_dropout = (
+        options.probs_stream, options.out_stream, options.down_stream, *map(keep_threshold, drops),
+        *(1.0 / (1.0 - p) for p in drops),
     )  # fmt: skip
+    return (
+        (*of_dropout, options.out_eps, options.down_eps, (attended // options.heads) ** -0.5),
+        (width, attended, inner, options.heads, cpp.ACTIVATION_NUMBERS[options.activation]),
+    )
 
 
-def _bytes(layer: _Layer, dtype: torch.dtype, what: int) -> int:
-    return cpp.call("encoder_layer_bytes", dtype, ctypes.addressof(layer), what)
+class _Described:
+    """What the C++ gets of layers and of a batch, apart from the memory that a pass makes.
+
+    Attributes:
+        array: a `_Layer` for each layer. weights: the addresses of all weights.
+        bytes: for each layer those that it saves, and of forward's and of backward's working memory.
+        sizes: for each layer the number of elements of its output.
+
+    Raises: ValueError or TypeError on tensors and sizes that the C++ does not support.
+    """
+
+    def __init__(
+        self, x: Tensor, layers: Sequence[LayerWeights], names: Names, options: Sequence[LayerOptions], seed: int,
+        dtype: torch.dtype, first_only: bool,
+    ) -> None:  # fmt: skip
+        rows, of_weights, last = x.shape[0], layers[0].query.dtype, len(layers) - 1
+        starts, sequences = address_of_starts("cu_seqlens", names.cu_seqlens)
+        drops = any(of.probs_p > 0.0 or of.out_p > 0.0 or of.down_p > 0.0 for of in options)
+        if drops and (names.sequence_ids is None or names.row_ids is None):
+            raise ValueError("encoder_layer: dropout needs sequence_ids and row_ids")
+        of_sequences, of_rows = (
+            None if t is None else address(name, t, torch.int64, count)
+            for name, t, count in (("sequence_ids", names.sequence_ids, sequences), ("row_ids", names.row_ids, rows))
+        )
+        wide = cpp.is_wide("x", x.dtype, dtype)
+        described, shapes, self.sizes = [], [], []
+        for i, (weights, of) in enumerate(zip(layers, options, strict=True)):
+            (attended, width), inner = weights.query.shape, weights.up.shape[0]
+            middle, sizes = _numbers(width, attended, inner, of, dtype)
+            is_first = first_only and i == last
+            described.append((starts, of_sequences, of_rows, seed, *middle, sequences, rows, *sizes, wide, is_first))
+            shapes += layer_shapes(width, attended, inner)
+            self.sizes.append((sequences if is_first else rows) * width)
+        found = addresses(list(itertools.chain.from_iterable(layers)), of_weights, shapes)
+        if found is None:
+            raise ValueError("encoder_layer: the weights must be contiguous on the CPU and have the shapes of a layer")
+        self.array, self.weights = (_Layer * len(layers))(*described), found
+        counted = array("q", bytes(24 * len(layers)))
+        cpp.call(
+            "trained_layers_bytes", dtype, ctypes.addressof(self.array), len(layers), counted.buffer_info()[0]
+        )  # fmt: skip
+        self.bytes = [counted[i : i + 3] for i in range(0, len(counted), 3)]
 
 
-def _memory(layer: _Layer, dtype: torch.dtype, what: int) -> Tensor:
-    """A buffer of bytes in which the C++ places its tensors; what: SAVED, FORWARD or BACKWARD."""
-    return torch.empty(_bytes(layer, dtype, what), dtype=torch.uint8, device="cpu")
+def _bytes(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
-def _addresses_of(weights: LayerWeights) -> array:
-    attended, width = weights.query.shape
-    found = addresses(weights, weights.query.dtype, layer_shapes(width, attended, len(weights.up)))
-    if found is None:
-        raise ValueError("encoder_layer: the weights must be contiguous on the CPU and have the shapes of a layer")
-    return found
+def _of_bytes(name: str, t: Tensor) -> int:
+    return address(name, t, torch.uint8, t.numel())
 
 
 def _ran(outcome: int, rows: int, cu_seqlens: Tensor) -> None:
@@ -143,54 +175,63 @@ def _ran(outcome: int, rows: int, cu_seqlens: Tensor) -> None:
 
 
 def forward(
-    x: Tensor, weights: LayerWeights, names: Names, options: LayerOptions, seed: int, dtype: torch.dtype,
-    first_only: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y [T, C] or with `first_only` [B, C], the tensors saved for the backward pass, in one uint8 buffer). Products
-    are computed in `dtype`; x [T, C] and the weights are in `dtype` or float32.
+    x: Tensor, layers: Sequence[LayerWeights], names: Names, options: Sequence[LayerOptions], seed: int,
+    dtype: torch.dtype, first_only: bool = False,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """(the output of each layer [T, C], the last with `first_only` [B, C]; what each layer saves for the backward pass,
+    one uint8 buffer). Products are computed in `dtype`; x [T, C] and the weights are in `dtype` or float32.
 
     Raises: ValueError where cu_seqlens does not cut T rows into sequences, or on shapes that do not fit; MemoryError.
     """
-    layer, width = _described(x, weights, names, options, seed, dtype, first_only), weights.query.shape[1]
-    y = torch.empty(layer.sequences, width, dtype=x.dtype, device="cpu") if first_only else torch.empty_like(x)
-    saved, work = _memory(layer, dtype, SAVED), _memory(layer, dtype, FORWARD)
-    where = _addresses_of(weights)
+    of = _Described(x, layers, names, options, seed, dtype, first_only)
+    width = layers[0].query.shape[1]
+    ys = [torch.empty(size // width, width, dtype=x.dtype, device="cpu") for size in of.sizes]
+    saved, work = [_bytes(count) for count, _, _ in of.bytes], _bytes(max(count for _, count, _ in of.bytes))
+    xs = array("Q", [
+        address("x", x, layers[0].query.dtype, x.shape[0] * width),
+        *(address("y", y, x.dtype, size) for y, size in zip(ys, of.sizes, strict=True)),
+    ])  # fmt: skip
+    into = array("Q", [_of_bytes("saved", t) for t in saved])
     outcome = cpp.call(
-        "encoder_layer_forward", dtype, ctypes.addressof(layer),
-        address("x", x, weights.query.dtype, x.shape[0] * width), where.buffer_info()[0],
-        address("y", y, x.dtype, (layer.sequences if first_only else x.shape[0]) * width),
-        *(address(name, t, torch.uint8, len(t)) for name, t in (("saved", saved), ("work", work))),
+        "trained_layers_forward", dtype, ctypes.addressof(of.array), len(layers), of.weights.buffer_info()[0],
+        xs.buffer_info()[0], into.buffer_info()[0], _of_bytes("work", work),
     )  # fmt: skip
     _ran(outcome, x.shape[0], names.cu_seqlens)
-    return y, saved
+    return ys, saved
 
 
 def backward(
-    dy: Tensor, x: Tensor, weights: LayerWeights, saved: Tensor, names: Names, options: LayerOptions, seed: int,
-    dtype: torch.dtype, wanted: Sequence[bool], first_only: bool = False,
+    dy: Tensor, xs: Sequence[Tensor], layers: Sequence[LayerWeights], saved: Sequence[Tensor], names: Names,
+    options: Sequence[LayerOptions], seed: int, dtype: torch.dtype, wanted: Sequence[bool], first_only: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradient of x, and of each weight in float32; None for those that are not wanted."""
+    """The gradient of the first layer's x, and of each weight in float32; None for those that are not wanted.
+
+    xs: the input of each layer.
+    """
     want_x, *of_weights = wanted
-    layer = _described(x, weights, names, options, seed, dtype, first_only)
-    size = x.shape[0] * weights.query.shape[1]
-    of_output = layer.sequences * weights.query.shape[1] if first_only else size
-    dx, work, where = torch.empty_like(x), _memory(layer, dtype, BACKWARD), _addresses_of(weights)
-    gradients = [
-        torch.empty(weight.shape, dtype=torch.float32, device="cpu") if is_wanted else None
-        for weight, is_wanted in zip(weights, of_weights, strict=True)
-    ]
-    into = array("Q", [
-        0 if gradient is None else address("a gradient", gradient, torch.float32, gradient.numel())
-        for gradient in gradients
+    of = _Described(xs[0], layers, names, options, seed, dtype, first_only)
+    width, x_dtype = layers[0].query.shape[1], layers[0].query.dtype
+    size = xs[0].shape[0] * width
+    dxs = [torch.empty_like(xs[0]) for _ in range(min(2, len(layers)))]
+    work = _bytes(max(count for _, _, count in of.bytes))
+    gradients: list[Tensor | None] = []
+    into = array("Q")
+    for weight, is_wanted in zip(itertools.chain.from_iterable(layers), of_weights, strict=True):
+        gradient = torch.empty(weight.shape, dtype=torch.float32, device="cpu") if is_wanted else None
+        gradients.append(gradient)
+        into.append(0 if gradient is None else address("a gradient", gradient, torch.float32, gradient.numel()))
+    inputs = array("Q", [address("x", x, x_dtype, size) for x in xs])
+    kept = array("Q", [
+        address("saved", t, torch.uint8, count) for t, (count, _, _) in zip(saved, of.bytes, strict=True)
     ])  # fmt: skip
+    of_inputs = array("Q", [address("dx", dx, xs[0].dtype, size) for dx in dxs])
     outcome = cpp.call(
-        "encoder_layer_backward", dtype, ctypes.addressof(layer), address("dy", dy, x.dtype, of_output),
-        address("x", x, weights.query.dtype, size), where.buffer_info()[0],
-        address("saved", saved, torch.uint8, _bytes(layer, dtype, SAVED)), into.buffer_info()[0],
-        address("dx", dx, x.dtype, size), want_x, address("work", work, torch.uint8, len(work)),
+        "trained_layers_backward", dtype, ctypes.addressof(of.array), len(layers),
+        address("dy", dy, xs[0].dtype, of.sizes[-1]), of.weights.buffer_info()[0], inputs.buffer_info()[0],
+        kept.buffer_info()[0], into.buffer_info()[0], of_inputs.buffer_info()[0], want_x, _of_bytes("work", work),
     )  # fmt: skip
-    _ran(outcome, x.shape[0], names.cu_seqlens)
-    return dx if want_x else None, *gradients
+    _ran(outcome, xs[0].shape[0], names.cu_seqlens)
+    return dxs[(len(layers) - 1) % 2] if want_x else None, *gradients
 
 
 # ---- with gradients --------------------------------------------------------------------------------------
@@ -235,14 +276,10 @@ class _EncoderLayers(torch.autograd.Function):
         ctx: FunctionCtx, dtype: torch.dtype, options: Sequence[LayerOptions], seed: int, names: Names,
         first_only: bool, x: Tensor, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
-        inputs, buffers, layers = [], [], _by_layer(weights)
-        for i, (layer, of) in enumerate(zip(layers, options, strict=True)):
-            inputs.append(x)
-            x, saved = forward(x, layer, names, of, seed, dtype, first_only and i + 1 == len(layers))
-            buffers.append(saved)
+        ys, saved = forward(x, _by_layer(weights), names, options, seed, dtype, first_only)
         ctx.dtype, ctx.options, ctx.seed, ctx.first_only = dtype, options, seed, first_only
-        ctx.save_for_backward(*names, *weights, *inputs, *buffers)
-        return x
+        ctx.save_for_backward(*names, *weights, x, *ys[:-1], *saved)
+        return ys[-1]
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -263,20 +300,14 @@ class _EncoderLayers(torch.autograd.Function):
 
             return *(None,) * 5, *plain_gradients(one_by_one, (x, *weights), (want_x, *wanted), dy)
 
-        gradients: list[Tensor | None] = []
-        for i in reversed(range(count)):
-            of_layer = wanted[i * COUNT : (i + 1) * COUNT]
-            goes_on = want_x or any(wanted[: i * COUNT])
-            if not goes_on and not any(of_layer):
-                gradients[:0] = [None] * ((i + 1) * COUNT)
-                break
-            dy, *found = backward(
-                dy.contiguous(), inputs[i], layers[i], buffers[i], names, ctx.options[i], ctx.seed, ctx.dtype,
-                (goes_on, *of_layer), ctx.first_only and i + 1 == count,
-            )  # fmt: skip
-            gradients[:0] = found
-        gradients.insert(0, dy if want_x else None)
-        return *(None,) * 5, *(g if g is None or g.dtype is x.dtype else g.to(x.dtype) for g in gradients)
+        # The pass ends at the first layer with a wanted gradient.
+        begin = 0 if want_x else wanted.index(True) // COUNT
+        dx, *gradients = backward(
+            dy.contiguous(), inputs[begin:], layers[begin:], buffers[begin:], names, ctx.options[begin:], ctx.seed,
+            ctx.dtype, (want_x, *wanted[begin * COUNT :]), ctx.first_only,
+        )  # fmt: skip
+        found = (dx, *[None] * (begin * COUNT), *gradients)
+        return *(None,) * 5, *(g if g is None or g.dtype is x.dtype else g.to(x.dtype) for g in found)
 
 
 def _by_operators(

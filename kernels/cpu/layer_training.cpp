@@ -1,4 +1,4 @@
-// A post-norm encoder layer for training: one call forward and one backward, which run the operators of other files.
+// Post-norm encoder layers for training: one call forward and one backward, which run the operators of other files.
 // `encoder_layer.py` calls them. x, y [T, C]; attention has width A, the feed-forward network F.
 //
 //     qkv = x Wqkv^T + bqkv  [T, 3A];   o = attention(qkv);   z1 = o Wout^T
@@ -365,22 +365,37 @@ int backward(
 
 }  // namespace
 
-// what: 0 the bytes of `saved`, 1 of forward's `work`, 2 of backward's.
-#define EXPORT_FOR(T, name)                                                                                     \
-    EXPORT int64_t encoder_layer_bytes_##name(const TrainedLayer* layer, int what) {                            \
-        if (what == 0) return Saved<T>(*layer, nullptr).bytes;                                                  \
-        return what == 1 ? ForwardMemory<T>(*layer, nullptr).bytes : BackwardMemory<T>(*layer, nullptr).bytes;  \
-    }                                                                                                           \
-    EXPORT int encoder_layer_forward_##name(                                                                    \
-        const TrainedLayer* layer, const void* x, const void* const* weights, void* y, void* saved, void* work  \
-    ) {                                                                                                         \
-        return forward<T>(*layer, x, weights, y, saved, work);                                                  \
-    }                                                                                                           \
-    EXPORT int encoder_layer_backward_##name(                                                                   \
-        const TrainedLayer* layer, const void* dy, const void* x, const void* const* weights, const void* saved, \
-        float* const* gradients, void* dx, int want_dx, void* work                                              \
-    ) {                                                                                                         \
-        return backward<T>(*layer, dy, x, weights, saved, gradients, dx, want_dx, work);                        \
+// bytes: for each layer those of `saved`, of forward's `work` and of backward's.
+// xs: the input of each layer, and after the last its output; each pointer of `weights` and `gradients` has its PLACES.
+// Backward writes the gradients of xs into two buffers in turn: that of layer i into dx[(count - 1 - i) % 2].
+#define EXPORT_FOR(T, name)                                                                                         \
+    EXPORT void trained_layers_bytes_##name(const TrainedLayer* layers, int count, int64_t* bytes) {                \
+        for (int i = 0; i < count; ++i, bytes += 3) {                                                               \
+            bytes[0] = Saved<T>(layers[i], nullptr).bytes;                                                          \
+            bytes[1] = ForwardMemory<T>(layers[i], nullptr).bytes;                                                  \
+            bytes[2] = BackwardMemory<T>(layers[i], nullptr).bytes;                                                 \
+        }                                                                                                           \
+    }                                                                                                               \
+    EXPORT int trained_layers_forward_##name(                                                                       \
+        const TrainedLayer* layers, int count, const void* const* weights, void* const* xs, void* const* saved,     \
+        void* work                                                                                                  \
+    ) {                                                                                                             \
+        int outcome = DONE;                                                                                         \
+        for (int i = 0; i < count && outcome == DONE; ++i)                                                          \
+            outcome = forward<T>(layers[i], xs[i], weights + i * PLACES, xs[i + 1], saved[i], work);                \
+        return outcome;                                                                                             \
+    }                                                                                                               \
+    EXPORT int trained_layers_backward_##name(                                                                      \
+        const TrainedLayer* layers, int count, const void* dy, const void* const* weights, const void* const* xs,   \
+        const void* const* saved, float* const* gradients, void* const* dx, int want_dx, void* work                 \
+    ) {                                                                                                             \
+        int outcome = DONE;                                                                                         \
+        for (int i = count - 1; i >= 0 && outcome == DONE; dy = dx[(count - 1 - i) % 2], --i)                       \
+            outcome = backward<T>(                                                                                  \
+                layers[i], dy, xs[i], weights + i * PLACES, saved[i], gradients + i * PLACES,                       \
+                dx[(count - 1 - i) % 2], i || want_dx, work                                                         \
+            );                                                                                                      \
+        return outcome;                                                                                             \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -1,4 +1,4 @@
-// dropout + add + LayerNorm, and its gradients. Without dropout the forward pass saves nothing. `norm.py` calls them.
+// dropout + add + LayerNorm, and its gradients; and dropout alone. Without dropout the forward pass saves nothing. `norm.py` calls them.
 //
 //     z = dropout(x + x_bias) + residual,  xhat = (z - mean) * rstd,  y = xhat * weight + bias
 //     g = dy * weight,  dz = rstd * (g - mean(g) - xhat * mean(g * xhat)) = dresidual,  dx = dz where kept, scaled
@@ -27,6 +27,23 @@ void add_layer_norm(
             const int64_t at = row * width;
             auto z = [&](int i) { return T::load(x + at + i) + T::load(residual + at + i); };
             layer_norm_of_row<T>(z, weight, bias, y + at, width, eps);
+        }
+    });
+}
+
+// y = x / kept where the row's key keeps an element, else 0. kept: the share of elements that are.
+template <class T>
+void dropout(
+    const typename T::Element* x, const uint64_t* keys, typename T::Element* y, int64_t rows, int width,
+    uint32_t threshold, float kept
+) {
+    Team::share_range(rows, LEAST_ELEMENTS / width + 1, [&](int64_t first, int64_t end) {
+        for (int64_t row = first; row < end; ++row) {
+            const Ints low = ints(keys[row]), high = ints(keys[row] >> 32);
+            for (int i = 0; i < width; i += WIDTH) {
+                const Mask mask = keep_mask(low, high, lane_numbers() + ints(i), threshold);
+                T::store(y + row * width + i, keep(mask, T::load(x + row * width + i) / floats(kept)));
+            }
         }
     });
 }
@@ -152,6 +169,12 @@ void backward(
         uint64_t seed, uint64_t stream, const int64_t* names, uint64_t* keys, int64_t rows                         \
     ) {                                                                                                            \
         for (int64_t row = 0; row < rows; ++row) keys[row] = key_of(seed, stream, (uint64_t)names[row]);           \
+    }                                                                                                              \
+    EXPORT void dropout_##name(                                                                                    \
+        const T::Element* x, const uint64_t* keys, T::Element* y, int64_t rows, int width, uint32_t threshold,     \
+        float kept                                                                                                 \
+    ) {                                                                                                            \
+        dropout<T>(x, keys, y, rows, width, threshold, kept);                                                      \
     }                                                                                                              \
     EXPORT void add_layer_norm_##name(                                                                             \
         const T::Element* x, const T::Element* residual, const T::Element* weight, const T::Element* bias,         \

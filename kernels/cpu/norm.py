@@ -1,5 +1,5 @@
-"""LayerNorm(dropout(x + x_bias) + residual) and RMSNorm(x) in C++ with gradients. norm.cpp and rms.cpp have the
-equations.
+"""LayerNorm(dropout(x + x_bias) + residual), RMSNorm(x) and dropout(x) in C++ with gradients. norm.cpp and rms.cpp have
+the equations.
 
 Under autocast x is the bfloat16 result of a product; residual, parameters and result are float32.
 """
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .._library import by_torch, plain_gradients
-from .._random import keep_mask
+from .._random import keep_mask, keep_threshold
 from . import operators as cpp
+from .library import WIDTH
 from .pointers import address
 
 
@@ -67,6 +68,43 @@ class _AddLayerNorm(torch.autograd.Function):
         # A second derivative may be wanted, which only torch's operators have.
         inputs = (x, residual, weight, bias, x_bias)
         return *plain_gradients(function, inputs, ctx.needs_input_grad[:5], dy), None, None, None
+
+
+def takes_dropout(x: Tensor) -> bool:
+    """Whether `dropout` supports x [M, N]."""
+    return cpp.knows(x) and x.is_contiguous() and x.numel() > 0 and x.shape[-1] % WIDTH == 0
+
+
+def dropout(x: Tensor, dropout_p: float, keys: Tensor) -> Tensor:
+    """x [M, N] with elements dropped by the rows' keys, the rest divided by 1 - dropout_p, with or without gradients.
+    The caller has checked `takes_dropout`."""
+    return _Dropout.apply(x, dropout_p, keys) if cpp.want_gradients(x) else _dropped(x, dropout_p, keys)
+
+
+def _dropped(x: Tensor, dropout_p: float, keys: Tensor) -> Tensor:
+    rows, width = cpp.rows_and_width("dropout", x)
+    y = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    cpp.call(
+        "dropout", x.dtype, address("x", x, x.dtype, x.numel()), address("keys", keys, torch.int64, rows),
+        address("y", y, x.dtype, x.numel()), rows, width, keep_threshold(dropout_p), 1.0 - dropout_p,
+    )  # fmt: skip
+    return y
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, dropout_p: float, keys: Tensor) -> Tensor:
+        ctx.save_for_backward(keys)
+        ctx.dropout_p = dropout_p
+        return _dropped(x, dropout_p, keys)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, None, None]:
+        (keys,) = ctx.saved_tensors
+        if not by_torch(dy):
+            return _dropped(dy.contiguous(), ctx.dropout_p, keys), None, None
+        keep = keep_mask(keys, dy.shape[-1], ctx.dropout_p)
+        return torch.where(keep, dy / (1.0 - ctx.dropout_p), 0.0), None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -103,6 +103,10 @@ struct TrainedLayer {
     EXPORT void row_keys_##name(                                                                               \
         uint64_t seed, uint64_t stream, const int64_t* names, uint64_t* keys, int64_t rows                     \
     );                                                                                                         \
+    EXPORT void dropout_##name(                                                                                \
+        const Element* x, const uint64_t* keys, Element* y, int64_t rows, int width, uint32_t threshold,       \
+        float kept                                                                                             \
+    );                                                                                                         \
     EXPORT void dropout_add_layer_norm_##name(                                                                 \
         const Element* x, const void* x_bias, const void* residual, const uint64_t* keys, const void* weight,  \
         const void* bias, void* y, int wide, int64_t rows, int width, float eps, uint32_t threshold,           \
@@ -177,13 +181,15 @@ struct TrainedLayer {
         Element* x, const Layer<Element>* layers, int count, const int32_t* starts, int sequences, int rows,   \
         int width, int inner, int heads, int activation, float eps, int in_one_way, Element* work              \
     );                                                                                                         \
-    EXPORT int64_t encoder_layer_bytes_##name(const TrainedLayer* layer, int what);                            \
-    EXPORT int encoder_layer_forward_##name(                                                                   \
-        const TrainedLayer* layer, const void* x, const void* const* weights, void* y, void* saved, void* work \
+    EXPORT void trained_layers_bytes_##name(const TrainedLayer* layers, int count, int64_t* bytes);            \
+    EXPORT int trained_layers_forward_##name(                                                                  \
+        const TrainedLayer* layers, int count, const void* const* weights, void* const* xs,                    \
+        void* const* saved, void* work                                                                         \
     );                                                                                                         \
-    EXPORT int encoder_layer_backward_##name(                                                                  \
-        const TrainedLayer* layer, const void* dy, const void* x, const void* const* weights,                  \
-        const void* saved, float* const* gradients, void* dx, int want_dx, void* work                          \
+    EXPORT int trained_layers_backward_##name(                                                                 \
+        const TrainedLayer* layers, int count, const void* dy, const void* const* weights,                     \
+        const void* const* xs, const void* const* saved, float* const* gradients, void* const* dx,             \
+        int want_dx, void* work                                                                                \
     );
 
 DECLARE(float, float32)

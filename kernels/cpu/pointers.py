@@ -47,13 +47,23 @@ def strided_address(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, 
 
 def addresses(tensors: Sequence[Tensor], dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]) -> array | None:
     """The addresses of contiguous tensors of these shapes; None where there is no tensor, or one does not fit."""
+    return plain_addresses(tensors, dtype) if [t.shape for t in tensors] == shapes else None
+
+
+def plain_addresses(tensors: Sequence[Tensor], dtype: torch.dtype) -> array | None:
+    """The addresses of contiguous tensors of any shape; None where there is no tensor, or one does not fit."""
     fit = (
-        [t.shape for t in tensors] == shapes
-        and {*map(type, tensors)} <= {*PLAIN}
+        {*map(type, tensors)} <= {*PLAIN}
         and {t.dtype for t in tensors} == {dtype}
-        and all(t.is_cpu and t.is_contiguous() for t in tensors)
+        and {t.layout for t in tensors} == {torch.strided}
+        and False not in {t.is_cpu and t.is_contiguous() for t in tensors}
     )
-    return array("Q", [t.data_ptr() for t in tensors]) if fit else None
+    return places(tensors) if fit else None
+
+
+def places(tensors: Sequence[Tensor]) -> array:
+    """The addresses of tensors without a check, to compare them with addresses that were checked."""
+    return array("Q", [t.data_ptr() for t in tensors])
 
 
 def _unfit(name: str, t: object, dtype: torch.dtype, layout: str) -> Exception:

@@ -8,7 +8,7 @@ ask which rows may be other than zero.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import NamedTuple
 
@@ -69,15 +69,13 @@ class Kept:
         where = addresses([gradient], torch.float32, [gradient.shape])
         return kept.touched if where == addresses([kept.gradient], torch.float32, [gradient.shape]) else None
 
-    def shapes(self) -> Collection[torch.Size]:
+    def among(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Those of the gradients of which something may be known."""
-        return self._given.keys()
+        return [g for g in gradients if g.dim() == 2 and g.shape in self._given] if self._given else []
 
     def give_back(self, gradients: list[Tensor]) -> None:
         """These gradients are no longer needed; the memory of those from `take` may be written again."""
-        if not self._given:
-            return
-        for gradient in gradients:
+        for gradient in self.among(gradients):
             if self.touched(gradient) is not None:
                 self._free[gradient.shape] = self._given[gradient.shape]
         self._given.clear()  # a gradient that something else wrote into is dropped
@@ -105,9 +103,11 @@ def take(shape: torch.Size) -> tuple[Tensor, Tensor | None]:
 
 def touched_of(gradients: Sequence[Tensor]) -> list[Tensor | None]:
     """`touched` of each gradient."""
-    block = _current()
-    shapes = () if block is None else block.shapes()
-    return [touched(g) if g.shape in shapes else None for g in gradients] if shapes else [None] * len(gradients)
+    found: list[Tensor | None] = [None] * len(gradients)
+    if (block := _current()) is not None and (among := block.among(gradients)):
+        known = {id(gradient): block.touched(gradient) for gradient in among}
+        found = [known.get(id(gradient)) for gradient in gradients]
+    return found
 
 
 def touched(gradient: Tensor) -> Tensor | None:
