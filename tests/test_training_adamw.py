@@ -237,15 +237,15 @@ def test_the_norm_is_that_of_all_gradients():
 
 @pytest.mark.cpp
 def test_wrong_sizes_are_refused():
-    p, by = torch.zeros(4, 6), one_pass.numbers(1, 1e-3, (0.9, 0.999), 1e-8, 0.0, 1.0)
+    p, by = torch.zeros(4, 6), one_pass.numbers(1, 1e-3, (0.9, 0.999), 1e-8, 0.0, 1.0, one_pass.NOTHING_KEPT)
     count, three = torch.zeros(()), torch.zeros(3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="exp_avg must be on the CPU"):
-        one_pass.Update([p], [p[:2]], [p], [count], [None], [0])
+        one_pass.Update([p], [p[:2]], [p], [count], [None], [0], [None])
     with pytest.raises(ValueError, match="at_rest must be"):
-        one_pass.Update([p], [p], [p], [count], [three], [0])
+        one_pass.Update([p], [p], [p], [count], [three], [0], [None])
     with pytest.raises(TypeError, match="step must be"):
-        one_pass.Update([p], [p], [p], [count.double()], [None], [0])
-    update = one_pass.Update([p], [p], [p], [count], [None], [0])
+        one_pass.Update([p], [p], [p], [count.double()], [None], [0], [None])
+    update = one_pass.Update([p], [p], [p], [count], [None], [0], [None])
     with pytest.raises(TypeError, match="gradient must be"):
         update.step([p.double()], [None], [by])
     with pytest.raises(ValueError, match="its parameter's shape"):
@@ -387,3 +387,100 @@ def test_a_step_that_failed_is_not_counted():
         optimizer.step()
         found.append(given)
     assert all(torch.equal(p, found[0][name]) for name, p in found[1].items())
+
+
+# ---- deferred decay --------------------------------------------------------------------------------------
+
+
+def table_and_matrix(dtype: torch.dtype) -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"table": (50, 20), "matrix": (7, 20)}
+    return {n: torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for n, s in shapes.items()}
+
+
+def steps_with_few_rows(given, optimizer, before_step, steps: int = 30) -> None:
+    """In each step two rows of the table have a gradient, more and more of them; the rate changes."""
+    generator = torch.Generator().manual_seed(4)
+    for step in range(steps):
+        rows = torch.randint(5 + step, (2,), generator=generator)
+        before_step(step, rows)
+        given["table"].grad, given["matrix"].grad = map(torch.zeros_like, given.values())
+        given["table"].grad[rows] = torch.randn(2, 20, generator=generator).to(given["table"].dtype)
+        given["matrix"].grad += given["table"].detach()[rows].sum()  # as if the forward pass had read these rows
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+        optimizer.step()
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "then", ["nothing", "whole", "no gradient", "state_dict", "pickle", "torch's step", "other eps"]
+)
+def test_deferred_decay_has_the_same_bits(dtype, then):
+    """Also if all is settled at times, and if in between the optimiser makes another plan, or torch steps."""
+    plain, deferring = table_and_matrix(dtype), table_and_matrix(dtype)
+    of_plain = AdamW(plain.values(), lr=0.1, weight_decay=0.3)
+    of_deferring = AdamW(deferring.values(), lr=0.1, weight_decay=0.3)
+    of_deferring.defer(deferring["table"])
+    late = []
+
+    def after(given, optimizer, step):
+        if then == "whole" and step % 5 == 0:
+            optimizer.settle()
+        elif then == "no gradient" and step == 12:
+            given["table"].grad, given["matrix"].grad = None, torch.ones_like(given["matrix"])
+            optimizer.step()
+        elif then == "state_dict" and step == 12:
+            optimizer.state_dict()
+        elif then == "pickle" and step == 12:
+            copy.deepcopy(optimizer)
+        elif then == "torch's step" and step == 12:
+            given["table"].grad, given["matrix"].grad = map(torch.ones_like, given.values())
+            optimizer.step(lambda: torch.zeros(()))
+        elif then == "other eps" and step == 12:
+            optimizer.param_groups[0]["eps"] = 1e-6
+
+    def settling(step, rows):
+        after(deferring, of_deferring, step)
+        of_deferring.settle(rows)
+        if of_deferring._plan is not None and of_deferring._plan.late is not None:
+            late.append(int(of_deferring._plan.late.max()))
+
+    steps_with_few_rows(plain, of_plain, lambda step, rows: after(plain, of_plain, step))
+    steps_with_few_rows(deferring, of_deferring, settling)
+    assert max(late) == (4 if then == "whole" else 7)
+    if then == "nothing" and dtype == torch.float32:
+        assert not torch.equal(plain["table"], deferring["table"])
+    of_deferring.settle()
+    for name in plain:
+        assert torch.equal(plain[name], deferring[name])
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(of_plain.state[plain[name]][moment], of_deferring.state[deferring[name]][moment])
+
+
+@pytest.mark.cpp
+def test_a_table_that_is_written_while_its_decay_is_deferred_is_refused():
+    given = table_and_matrix(torch.float32)
+    optimizer = AdamW(given.values(), lr=0.1, weight_decay=0.3)
+    optimizer.defer(given["table"])
+    steps_with_few_rows(given, optimizer, lambda step, rows: optimizer.settle(rows), 3)
+    with torch.no_grad():
+        given["table"].zero_()
+    with pytest.raises(RuntimeError, match="call the optimizer's settle"):
+        optimizer.settle()
+    with pytest.raises(RuntimeError, match="call the optimizer's settle"):
+        optimizer.step()
+
+
+@pytest.mark.cpp
+def test_rows_that_are_settled_must_exist():
+    given = table_and_matrix(torch.float32)
+    optimizer = AdamW(given.values(), lr=0.1, weight_decay=0.3)
+    optimizer.defer(given["table"])
+    steps_with_few_rows(given, optimizer, lambda step, rows: optimizer.settle(rows), 3)
+    for wrong in ([50], [3, -1]):
+        with pytest.raises(ValueError, match="rows must be from 0 to 49"):
+            optimizer.settle(torch.tensor(wrong))
+    with pytest.raises(TypeError):
+        optimizer.settle(torch.tensor([1], dtype=torch.int32))
+    optimizer.settle(torch.tensor([], dtype=torch.int64))

@@ -128,6 +128,8 @@ class Distilling(Run):
 
     model: TaskDistilled
 
+    DEFERS = False
+
     def __post_init__(self) -> None:
         self.PARTS = self.model.PARTS
         self.has_labels = "labels" in self.model.recipe.weights

@@ -32,7 +32,9 @@ class _Plan:
         parameters: all of them. has_gradient: for each, whether the step has a gradient for it.
         updated: those with a gradient; states: their dictionaries of the optimiser's state; moments: two tensors each.
         resting: for each of `updated`, see `cpp.at_rest`.
-        counts: [index of a group, steps done] for each set of numbers that a step needs.
+        counts: [index of a group, steps done] for each set of numbers that a step needs; kept: `cpp.Numbers.kept` of
+            the last step for each of them.
+        late: `cpp.Update`'s for the table whose decay is deferred, None if there is none; place: where its numbers are.
     """
 
     def __init__(self, optimizer: AdamW, gradients: list[Tensor | None], before: _Plan | None) -> None:
@@ -47,6 +49,7 @@ class _Plan:
         self.steps = [state["step"] for state in self.states]
         self.moments = [state[name] for state in self.states for name in MOMENTS]
         self.counts: list[list[float]] = []
+        self.table, self.late, self.place, self.is_late = optimizer.deferred, None, 0, False
         self.resting: list[Tensor | None] = []
         places: dict[tuple[int, float], int] = {}
         parts: dict[torch.dtype, list[int]] = {}
@@ -59,22 +62,27 @@ class _Plan:
             of_updated.append(place)
             may_rest = self.choices[group][-1]
             self.resting.append(self._blocks_at_rest(n, p, count, before) if may_rest else None)
+            if may_rest and p is self.table:
+                self.late, self.place = torch.zeros(len(p), dtype=torch.uint8, device="cpu"), place
             parts.setdefault(p.dtype, []).append(n)
         self.parts = [
             (
                 of_part,
                 cpp.Update(
                     *([values[n] for n in of_part] for values in (
-                        self.updated, self.moments[::2], self.moments[1::2], self.steps, self.resting, of_updated
+                        self.updated, self.moments[::2], self.moments[1::2], self.steps, self.resting, of_updated,
+                        [self.late if p is self.table else None for p in self.updated],
                     ))
                 ),
             )
             for of_part in parts.values()
         ]  # fmt: skip
+        self.kept = [cpp.NOTHING_KEPT] * len(self.counts)
         self._note_versions()
 
     def _note_versions(self) -> None:
         self.versions = [t._version for t in (*self.steps, *self.moments)]
+        self.of_table = 0 if self.table is None else self.table._version
 
     def _blocks_at_rest(self, n: int, p: Tensor, count: float, before: _Plan | None) -> Tensor:
         """The blocks of the plan before if nothing else has written these moments since, else new ones."""
@@ -113,16 +121,37 @@ class _Plan:
         """Updates the parameters. The gradients are multiplied by `scale`."""
         present = [g for g in gradients if g is not None]
         by = [
-            cpp.numbers(count + 1.0, group["lr"], group["betas"], group["eps"], group["weight_decay"], scale)
-            for group, count in ((groups[int(group)], count) for group, count in self.counts)
+            cpp.numbers(count + 1.0, group["lr"], group["betas"], group["eps"], group["weight_decay"], scale, before)
+            for (group, count), before in zip(
+                ((groups[int(group)], count) for group, count in self.counts), self.kept, strict=True
+            )
         ]
+        self._expect_unwritten()
         for of in self.counts:  # after `numbers`, which may raise
             of[1] += 1.0
         for of_part, update in self.parts:
             of_parts_gradients = [present[n] for n in of_part]
             update.step(of_parts_gradients, table_gradients.touched_of(of_parts_gradients), by)
+        self.kept = [of.kept for of in by]
         torch.autograd.graph.increment_version([*self.updated, *self.moments])
         self._note_versions()
+        self.is_late = self.late is not None
+
+    def settle(self, rows: Tensor | None) -> None:
+        """Applies the deferred decay of these rows [N] of the table, or of all."""
+        if self.is_late:
+            self._expect_unwritten()
+            cpp.settle(self.table, self.late, self.kept[self.place], rows)
+            torch.autograd.graph.increment_version(self.table)
+            self.is_late = rows is not None
+            self._note_versions()
+
+    def _expect_unwritten(self) -> None:
+        if self.is_late and self.table._version != self.of_table:
+            raise RuntimeError(
+                "a table was written to while the decay of some of its rows was deferred; call the optimizer's "
+                "settle() before other code reads or writes the table"
+            )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -163,6 +192,27 @@ class AdamW(torch.optim.AdamW):
     def _forget(self) -> None:
         self._plan: _Plan | None = None
         self._scale = 1.0
+        self.deferred: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return super().__getstate__()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.settle()
+        return super().state_dict()
+
+    def defer(self, table: Tensor) -> None:
+        """From now on applies the decay of a table's rows that never had a gradient only in every eighth step, or when
+        `settle` is called: for a loop that calls it before anything else reads or writes the table, or these rows."""
+        self.settle()
+        self.deferred, self._plan = table, None
+
+    def settle(self, rows: Tensor | None = None) -> None:
+        """Applies all decay that was deferred, or that of these rows [N] int64. The table then has the same bits as
+        without `defer`."""
+        if self._plan is not None:
+            self._plan.settle(rows)
 
     def clip(self, max_norm: float) -> float:
         """Scales all gradients down if their joint norm is above `max_norm`, as torch.nn.utils.clip_grad_norm_ does.
@@ -187,6 +237,7 @@ class AdamW(torch.optim.AdamW):
         """One step, as torch's."""
         gradients = [p.grad for p in _parameters(self)]
         if closure is not None or not self._is_planned(gradients):
+            self.settle()
             self._scale_gradients()
             loss = _torchs_step()(self, closure)
             if not torch.compiler.is_compiling():
@@ -202,6 +253,7 @@ class AdamW(torch.optim.AdamW):
         if torch.compiler.is_compiling() or getattr(self, "found_inf", None) is not None:
             return False
         if self._plan is None or not self._plan.holds(self, gradients):
+            self.settle()
             before, self._plan = self._plan, None
             if self._takes(gradients):
                 self._plan = _Plan(self, gradients, before)

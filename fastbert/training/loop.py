@@ -212,15 +212,18 @@ class Loop:
         self.shared.train()
         # Gradients that are summed over processes are not those that our backward pass wrote.
         kept = table_gradients.Kept() if self.processes.count == 1 else nullcontext()
-        with kept, _asked_to_stop() as asked:
-            for epoch, count in self.epochs():
-                if self.has_ended():
-                    return
-                if begun + count > self.progress.step:
-                    self._epoch(epoch, begun, count, asked)
-                begun += count
-                if self.is_over():
-                    return
+        try:
+            with kept, _asked_to_stop() as asked:
+                for epoch, count in self.epochs():
+                    if self.has_ended():
+                        return
+                    if begun + count > self.progress.step:
+                        self._epoch(epoch, begun, count, asked)
+                    begun += count
+                    if self.is_over():
+                        return
+        finally:
+            self.optimizer.settle()
 
     def _epoch(self, epoch: int, begun: int, count: int, asked: list[int]) -> None:
         steps, s = self.plan.steps(epoch), self.settings
@@ -233,6 +236,7 @@ class Loop:
             saves = saves or (s.save_every > 0 and done % s.save_every == 0)
             evaluates = self.is_due(number, count)
             if saves or evaluates:
+                self.optimizer.settle()
                 self._expect_finite()
             if evaluates:
                 with nullcontext() if self.average is None else self.average.applied():

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -46,11 +46,17 @@ class Run(Loop):
     binding: dict[str, Any] = field(default_factory=dict)
     shaping: Shaping = field(default_factory=Shaping)
 
+    DEFERS: ClassVar[bool] = True  # `losses` settles the rows of the word table that it reads, see `AdamW.defer`
+
     def __post_init__(self) -> None:
         s = self.settings
         plan = Plan(s.seed, [len(w.input_ids) for w in self.windows], s.step_tokens, s.batch_tokens)
         self.steps_of_epochs = plan.count_steps(s.epochs)
         self.begin(plan, sum(self.steps_of_epochs), {"windows": len(self.windows)} | self.binding)
+        is_alone = self.processes.count == 1 and self.processes.device.type == "cpu"
+        reads_each_step = self.average is not None or type(self.shaping) is not Shaping
+        if self.DEFERS and is_alone and not reads_each_step:
+            self.optimizer.defer(self.model.get_input_embeddings().weight)
 
     def train(self) -> None:
         if self.progress.step == 0 and self.evaluate is not None and self.shaping.keeps_first():
@@ -79,6 +85,8 @@ class Run(Loop):
     def losses(self, batch: list[int], epoch: int, divisor: float) -> tuple[Tensor]:
         chosen, device = [self.windows[row] for row in batch], self.processes.device
         packed = pack(chosen, batch, device)
+        if self.optimizer.deferred is not None:
+            self.optimizer.settle(packed.input_ids.long())
         return (self.shared(packed, num_items_in_batch=divisor, **self.task.arguments(chosen, device)).loss,)
 
     def evaluated(self, epoch: int) -> None:

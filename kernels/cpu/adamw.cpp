@@ -8,6 +8,9 @@
 // In a word table most rows have no gradient in a step, and many have never had one. Such a row has m = v = 0, so only p
 // can change. A byte for each row says that m and v are zero; then, while the row's gradient is zero too, m and v are
 // neither read nor written. Where it is known which rows have a gradient, those of the others are not read either.
+//
+// The decay of a row at rest may be deferred: in each step it is applied to every eighth row, for the steps since. A second
+// byte for each row counts these steps, and `settle` applies what is left. The products are those of the single steps.
 
 #include <vector>
 
@@ -15,11 +18,14 @@
 
 namespace {
 
+constexpr int DEFERRED = 8;  // most steps by which the decay of a row at rest is late
+
 // The scalars of one tensor's update at one step, in the order in which `adamw.py` writes them.
 struct Numbers {
     float scale, keep;           // factor of the gradient; factor of p, 1 - rate * decay
     float of_m, beta2, of_v;     // 1 - beta1, beta2, 1 - beta2
     float step, of_root, eps;    // rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+    float kept[DEFERRED];        // `keep` of the last steps, that of this step last
 };
 
 // n elements from an address, n at most WIDTH, followed by zeros.
@@ -48,19 +54,37 @@ bool has_any(const typename T::Element* x, int64_t n) {
 
 constexpr int AHEAD = 1024;  // bytes; the processor itself prefetches fewer streams, and none into the next page
 
+// Multiplies n elements of p with the `late` factors before `end`, one after another.
+template <class T>
+void decay(typename T::Element* p, int64_t n, const float* end, int late) {
+    for (int64_t i = 0; i < n; i += WIDTH) {
+        Floats x = load_first<T>(p + i, n - i);
+        for (const float* factor = end - late; factor < end; ++factor) {
+            x = floats(*factor) * x;
+            if constexpr (sizeof(typename T::Element) < sizeof(float)) x = rounded_to_bfloat16(x);
+        }
+        store_first<T>(p + i, n - i, x);
+    }
+}
+
 // Updates n elements. at_rest: null, or a byte that says whether all of their m and v are zero. has_gradient: false if the
-// gradient is known to be zero.
+// gradient is known to be zero. late: null, or the number of steps whose decay was deferred; is_due: whether it is applied.
 template <class T>
 void update(
     typename T::Element* p, const typename T::Element* gradient, typename T::Element* m, typename T::Element* v,
-    uint8_t* at_rest, bool has_gradient, int64_t n, const Numbers& by
+    uint8_t* at_rest, bool has_gradient, uint8_t* late, bool is_due, int64_t n, const Numbers& by
 ) {
     const Floats keep = floats(by.keep);
     if (at_rest && *at_rest && !(has_gradient && has_any<T>(gradient, n))) {
-        if (by.keep != 1.0f)
-            for (int64_t i = 0; i < n; i += WIDTH)
-                store_first<T>(p + i, n - i, keep * load_first<T>(p + i, n - i));
+        const int steps = late ? ++*late : 1;
+        if (late && !is_due) return;
+        if (late) *late = 0;
+        if (steps > 1 || by.keep != 1.0f) decay<T>(p, n, by.kept + DEFERRED, steps);
         return;
+    }
+    if (late && *late) {
+        decay<T>(p, n, by.kept + DEFERRED - 1, *late);
+        *late = 0;
     }
     Floats moved = floats(0.0f);
     for (int64_t i = 0; i < n; i += WIDTH) {
@@ -81,28 +105,48 @@ void update(
 }
 
 // pointers: for each tensor p, gradient, m, v; a byte for each block, whether it is at rest, or null; a byte for each
-// block, whether its gradient may be other than zero, or null; the count of its steps. sizes: its elements, those of a
-// block, and the index of its Numbers.
+// block, whether its gradient may be other than zero, or null; the count of its steps; a byte for each block, by how many
+// steps its decay is late, or null. sizes: its elements, those of a block, and the index of its Numbers.
 template <class T>
 void step(const void* const* pointers, const int64_t* sizes, const Numbers* numbers, int count) {
     using Element = typename T::Element;
-    for (int tensor = 0; tensor < count; ++tensor) *(float*)pointers[7 * tensor + 6] += 1.0f;
+    for (int tensor = 0; tensor < count; ++tensor) *(float*)pointers[8 * tensor + 6] += 1.0f;
 #pragma omp parallel
     for (int tensor = 0; tensor < count; ++tensor) {
-        const void* const* of = pointers + 7 * tensor;
+        const void* const* of = pointers + 8 * tensor;
         const int64_t size = sizes[3 * tensor], block = sizes[3 * tensor + 1];
         const Numbers& by = numbers[sizes[3 * tensor + 2]];
         Element *p = (Element*)of[0], *m = (Element*)of[2], *v = (Element*)of[3];
         const uint8_t* touched = (const uint8_t*)of[5];
+        uint8_t* late = (uint8_t*)of[7];
+        const auto turn = (int64_t)*(const float*)of[6];
         // Rows at rest take less time, and are often adjacent, so blocks are scheduled dynamically.
 #pragma omp for schedule(dynamic, 16) nowait
         for (int64_t first = 0; first < size; first += block)
             update<T>(
                 p + first, (const Element*)of[1] + first, m + first, v + first,
                 of[4] ? (uint8_t*)of[4] + first / block : nullptr, !touched || touched[first / block],
+                late ? late + first / block : nullptr, (first / block + turn) % DEFERRED == 0,
                 std::min(block, size - first), by
             );
     }
+}
+
+// Applies the deferred decay of the rows `ids`, or of all rows if ids is null. kept: of the last DEFERRED steps.
+template <class T>
+void settle(
+    typename T::Element* p, uint8_t* late, const int64_t* ids, int64_t count, int64_t width, const float* kept
+) {
+    const auto settle_row = [&](int64_t row) {
+        if (late[row]) decay<T>(p + row * width, width, kept + DEFERRED, late[row]);
+        late[row] = 0;
+    };
+    if (ids) {  // by one thread, since an id may be there twice
+        for (int64_t i = 0; i < count; ++i) settle_row(ids[i]);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < count; ++row) settle_row(row);
 }
 
 constexpr int64_t BLOCK = 1024;  // one thread sums the squares of this many elements, so the order is always the same
@@ -160,6 +204,11 @@ double sum_squares(const void* const* pointers, const int64_t* sizes, int count)
 #define EXPORT_FOR(T, name)                                                                                            \
     EXPORT void adamw_##name(const void* const* pointers, const int64_t* sizes, const float* numbers, int count) {     \
         step<T>(pointers, sizes, (const Numbers*)numbers, count);                                                      \
+    }                                                                                                                  \
+    EXPORT void adamw_settle_##name(                                                                                   \
+        T::Element* p, uint8_t* late, const int64_t* ids, int64_t count, int64_t width, const float* kept              \
+    ) {                                                                                                                \
+        settle<T>(p, late, ids, count, width, kept);                                                                   \
     }                                                                                                                  \
     EXPORT void sum_squares_##name(                                                                                    \
         const void* const* pointers, const int64_t* sizes, int count, double* sum                                      \

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import operators as cpp
+from .library import DEFERRED
 from .pointers import PLAIN, address, address_or_none, addresses, places, plain_addresses
 
 BLOCK = 4096  # elements that `step` updates at a time in a tensor of one dimension
@@ -27,17 +28,24 @@ class Numbers(NamedTuple):
     step: float
     of_root: float
     eps: float
+    kept: tuple[float, ...]
 
 
 def numbers(
-    step: float, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, scale: float
-) -> Numbers:
-    """The scalars of step number `step`, which counts from 1. The gradient is multiplied by `scale`."""
+    step: float, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, scale: float,
+    before: tuple[float, ...],
+) -> Numbers:  # fmt: skip
+    """The scalars of step number `step`, which counts from 1. The gradient is multiplied by `scale`. before: `kept` of
+    the step before, or `NOTHING_KEPT`."""
     beta1, beta2 = betas
+    keep = 1.0 - lr * weight_decay
     return Numbers(
-        scale, 1.0 - lr * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, lr / (1.0 - beta1**step),
-        1.0 / math.sqrt(1.0 - beta2**step), eps,
+        scale, keep, 1.0 - beta1, beta2, 1.0 - beta2, lr / (1.0 - beta1**step), 1.0 / math.sqrt(1.0 - beta2**step), eps,
+        (*before[1:], keep),
     )  # fmt: skip
+
+
+NOTHING_KEPT = (1.0,) * DEFERRED
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -71,6 +79,8 @@ class Update:
         counts: the number of steps of each parameter, float32 scalars.
         resting: for each parameter the tensor from `at_rest`, or None where eps is 0.
         places: for each parameter, the index of its numbers in the `by` of a step.
+        late: for each parameter None, or zeros [rows] uint8 in which the steps are counted for which a row at rest has
+            not decayed. `settle` applies them, which the caller must call before it reads such rows.
 
     Raises: ValueError or TypeError if a tensor does not fit, or `takes` does not support it.
     """
@@ -78,15 +88,16 @@ class Update:
     def __init__(
         self, parameters: Sequence[Tensor], means: Sequence[Tensor], squares: Sequence[Tensor],
         counts: Sequence[Tensor], resting: Sequence[Tensor | None], places: Sequence[int],
+        late: Sequence[Tensor | None],
     ) -> None:  # fmt: skip
         self.dtype, self.shapes, self.most = parameters[0].dtype, [p.shape for p in parameters], max(places)
         self._held = [*parameters], [*means], [*squares]
-        self._resting, self._counts = [*resting], [*counts]  # addresses do not keep tensors alive
+        self._resting, self._counts, self._late = [*resting], [*counts], [*late]  # addresses do not keep tensors alive
         self._shapes_of_counts = [count.shape for count in counts]
         self._pointers, self._sizes = array("Q"), array("q")
         self._found: array | None = None  # the addresses of the gradients that `takes` was last called with
-        for p, mean, square, count, rest, place in zip(
-            parameters, means, squares, counts, resting, places, strict=True
+        for p, mean, square, count, rest, place, of_late in zip(
+            parameters, means, squares, counts, resting, places, late, strict=True
         ):
             size = p.numel()
             self._pointers.extend((
@@ -94,6 +105,7 @@ class Update:
                 address("exp_avg_sq", square, self.dtype, size),
                 address_or_none("at_rest", rest, torch.uint8, _blocks(p)) or 0, 0,
                 address("step", count, torch.float32, 1),
+                address_or_none("late", of_late, torch.uint8, _blocks(p)) or 0,
             ))  # fmt: skip
             self._sizes.extend((size, block_of(p), place))
 
@@ -105,8 +117,8 @@ class Update:
     def is_in_place(self) -> bool:
         """Whether parameters, moments and counts still are at the addresses that were checked: `tensor.data = other`
         gives a tensor other memory."""
-        return places(self._counts) == self._pointers[6::7] and all(
-            places(tensors) == self._pointers[place::7] for place, tensors in zip((0, 2, 3), self._held, strict=True)
+        return places(self._counts) == self._pointers[6::8] and all(
+            places(tensors) == self._pointers[place::8] for place, tensors in zip((0, 2, 3), self._held, strict=True)
         )
 
     def step(self, gradients: Sequence[Tensor], touched: Sequence[Tensor | None], by: Sequence[Numbers]) -> None:
@@ -125,16 +137,36 @@ class Update:
             for g, p in zip(gradients, self._held[0], strict=True):
                 address("gradient", g, self.dtype, p.numel())
             raise ValueError("adamw: a gradient does not have its parameter's shape")
-        self._pointers[1::7] = found
-        self._pointers[5::7] = array("Q", [
+        self._pointers[1::8] = found
+        self._pointers[5::8] = array("Q", [
             0 if rows is None else address("touched", rows, torch.uint8, _blocks(p))
             for rows, p in zip(touched, self._held[0], strict=True)
         ])  # fmt: skip
-        flat = array("f", [number for of in by for number in of])
+        flat = array("f", [number for of in by for number in (*of[:-1], *of.kept)])
         cpp.call(
             "adamw", self.dtype, self._pointers.buffer_info()[0], self._sizes.buffer_info()[0], flat.buffer_info()[0],
             len(self.shapes),
         )  # fmt: skip
+
+
+def settle(p: Tensor, late: Tensor, kept: tuple[float, ...], rows: Tensor | None) -> None:
+    """Applies the decay that `late` [rows of p] counts to rows [N] int64 of p, or to all, in place.
+
+    kept: of the numbers of the last step.
+    """
+    size, width, factors = p.numel(), block_of(p), array("f", kept)
+    if rows is not None and rows.numel() == 0:
+        return
+    if rows is not None:
+        least, most = (int(t) for t in rows.aminmax())
+        if least < 0 or most >= _blocks(p):
+            raise ValueError(f"adamw: rows must be from 0 to {_blocks(p) - 1}, got {least} to {most}")
+    cpp.call(
+        "adamw_settle", p.dtype, address("parameter", p, p.dtype, size),
+        address("late", late, torch.uint8, _blocks(p)),
+        None if rows is None else address("rows", rows, torch.int64, rows.numel()),
+        _blocks(p) if rows is None else rows.numel(), width, factors.buffer_info()[0],
+    )  # fmt: skip
 
 
 def norm(gradients: Sequence[Tensor], touched: Sequence[Tensor | None]) -> float | None:

@@ -153,8 +153,8 @@ void lay_out_keys(
     const int keys = round_up(length, ROWS), lanes = (length + T::PER_LANE - 1) / T::PER_LANE;
     for (int key = 0; key < keys; ++key)
         if (key < length) {
-            std::copy_n(k + key * k_token, head_dim, m.k + (int64_t)key * head_dim);
-            std::copy_n(v + key * v_token, head_dim, m.v + (int64_t)key * head_dim);
+            copy_row(k + key * k_token, head_dim, m.k + (int64_t)key * head_dim);
+            copy_row(v + key * v_token, head_dim, m.v + (int64_t)key * head_dim);
         } else {
             std::fill_n(m.k + (int64_t)key * head_dim, head_dim, typename T::Element(0));
             std::fill_n(m.v + (int64_t)key * head_dim, head_dim, typename T::Element(0));

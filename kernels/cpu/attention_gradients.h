@@ -64,7 +64,7 @@ inline void lay_out_rows(const uint16_t* x, int64_t stride, int length, int head
     pair_rows(x, stride, length, head_dim, to);
 }
 inline void lay_out_rows(const float* x, int64_t stride, int length, int head_dim, float* to) {
-    for (int row = 0; row < length; ++row) std::copy_n(x + row * stride, head_dim, to + (int64_t)row * head_dim);
+    for (int row = 0; row < length; ++row) copy_row(x + row * stride, head_dim, to + (int64_t)row * head_dim);
 }
 
 }  // namespace

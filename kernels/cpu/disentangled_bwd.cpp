@@ -265,8 +265,8 @@ void lay_out_keys(
 ) {
     const int64_t keys = round_up(length, ROWS), real = (int64_t)length * head_dim;
     for (int key = 0; key < length; ++key) {
-        std::copy_n(k + key * k_token, head_dim, m.k + (int64_t)key * head_dim);
-        std::copy_n(v + key * v_token, head_dim, m.v + (int64_t)key * head_dim);
+        copy_row(k + key * k_token, head_dim, m.k + (int64_t)key * head_dim);
+        copy_row(v + key * v_token, head_dim, m.v + (int64_t)key * head_dim);
     }
     for (auto* to : {m.k, m.v}) std::fill(to + real, to + keys * head_dim, typename T::Element(0));
     lay_out_rows(m.k, head_dim, (int)keys, head_dim, m.k_pairs);
@@ -291,7 +291,7 @@ void block_of_queries(
 ) {
     using Element = typename T::Element;
     const int columns = round_up(queries, WIDTH), lanes = head_dim / T::PER_LANE, even = round_up(queries, 2);
-    for (int i = 0; i < queries; ++i) std::copy_n(q + i * q_token, head_dim, m.q_rows + i * head_dim);
+    for (int i = 0; i < queries; ++i) copy_row(q + i * q_token, head_dim, m.q_rows + i * head_dim);
     std::fill(m.q_rows + queries * head_dim, m.q_rows + BLOCK * head_dim, Element(0));
     transpose_rows<T>(q, q_token, queries, BLOCK, head_dim, m.q);
     transpose_rows<T>(d_o, do_token, queries, BLOCK, head_dim, m.d_o);

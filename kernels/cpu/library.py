@@ -37,6 +37,7 @@ LOSS_ROWS = 32  # in loss.cpp: the number of rows must be a multiple of this, PA
 UNBOUNDED = 1 << 29  # in operators.h: a side of attention's window without a bound
 NO_MEMORY = 1  # in simd.h: a function's result when memory ran out; 2 means invalid cu_seqlens
 UP_ROWS = 1024  # in layer.cpp: rows of the feed-forward network's inner matrix that are computed at a time
+DEFERRED = 8  # in adamw.cpp: most steps by which the decay of a row at rest is late
 INT8_PANEL = 64  # in int8.h, PANEL: columns of an 8-bit weight that are stored together
 
 TYPES = {
@@ -84,7 +85,7 @@ def sources_stamp(folder: Path) -> str | None:
 
 def interface_stamp() -> str:
     """A hash of what Python expects of the library, 16 hexadecimal digits."""
-    sizes = (WIDTH, NORM_BLOCK, LOSS_ROWS, UNBOUNDED, NO_MEMORY, UP_ROWS, INT8_PANEL)
+    sizes = (WIDTH, NORM_BLOCK, LOSS_ROWS, UNBOUNDED, NO_MEMORY, UP_ROWS, DEFERRED, INT8_PANEL)
     expected = (DTYPES, DROPOUT_FIELDS, LAYER_FIELDS, *sizes)
     return hashlib.sha256(repr(expected).encode()).hexdigest()[:16]
 

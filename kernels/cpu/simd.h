@@ -206,6 +206,12 @@ inline void layer_norm_of_row(
     }
 }
 
+// Copies a row whose length is a multiple of 16 elements. std::copy_n is a call, which takes longer than a short row.
+template <class E>
+inline void copy_row(const E* from, int count, E* to) {
+    for (size_t byte = 0; byte < count * sizeof(E); byte += 32) __builtin_memcpy((char*)to + byte, (const char*)from + byte, 32);
+}
+
 // Prefetches the address into the second-level cache, and into the first-level cache. In assembler, because GCC 12.2 takes a
 // function that only calls __builtin_prefetch for one without effects, and removed the calls.
 inline void fetch(const void* what) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)what)); }
