@@ -192,6 +192,11 @@ class PackedBatch:
     def _places(self) -> tuple[Tensor, Tensor]:
         """(number of its sequence, place in it) of each token, both [T] int64."""
         F.expect_sequences("PackedBatch", "cu_seqlens", self.cu_seqlens, self.total_tokens, self.max_seqlen)
+        if self.lengths is not None and self.cu_seqlens.is_cpu and not torch.compiler.is_compiling():
+            lengths = np.array(self.lengths, np.int64)  # numpy takes a tenth of torch's time for small batches
+            starts = np.repeat(lengths.cumsum() - lengths, lengths)
+            numbers = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+            return torch.from_numpy(numbers), torch.from_numpy(np.arange(len(starts), dtype=np.int64) - starts)
         tokens = torch.arange(self.total_tokens, dtype=torch.int64, device=self.cu_seqlens.device)
         sequences = torch.searchsorted(self.cu_seqlens[1:].contiguous(), tokens, right=True)
         return sequences, tokens - self.cu_seqlens[sequences]

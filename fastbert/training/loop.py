@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,7 @@ class Loop:
         self.average = WeightAverage(self.shared, steps, s.average) if s.average else None
         self.progress = Progress(settings=s.binding() | binding)
         self.start = time.perf_counter()  # `train` sets it
+        self._records: TextIO | None = None
 
     # ---- for subclasses --------------------------------------------------------------------------------
 
@@ -213,7 +214,7 @@ class Loop:
         # Gradients that are summed over processes are not those that our backward pass wrote.
         kept = table_gradients.Kept() if self.processes.count == 1 else nullcontext()
         try:
-            with kept, _asked_to_stop() as asked:
+            with kept, self._open_records(), _asked_to_stop() as asked:
                 for epoch, count in self.epochs():
                     if self.has_ended():
                         return
@@ -350,11 +351,27 @@ class Loop:
     def _means(self) -> dict[str, Tensor]:
         return {} if self.average is None else self.average.means
 
+    def _appending(self) -> TextIO:
+        return open(self.out / "metrics.jsonl", "a", encoding="utf-8")
+
+    @contextmanager
+    def _open_records(self) -> Iterator[None]:
+        """A block in which the file of records stays open: to open it takes longer than to write a record."""
+        if self.processes.rank:
+            yield
+            return
+        with self._appending() as self._records:
+            try:
+                yield
+            finally:
+                self._records = None
+
     def _record(self, record: dict[str, Any]) -> None:
         if self.processes.rank:
             return
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as stream:
+        with self._appending() if self._records is None else nullcontext(self._records) as stream:
             stream.write(json.dumps(record) + "\n")
+            stream.flush()
         if self.report is not None:
             self.report(record)
 
