@@ -169,15 +169,20 @@ def run_adamw(rng: random.Random) -> str | None:
             g[::2], mean[:], square[:] = 0.0, 0.0, 0.0
         tensors.append([at_an_offset(t, rng) for t in (p, g, mean, square.abs())])
     decay, scale = rng.choice((0.0, 0.1)), rng.choice((1.0, 0.3))
-    by = adamw.numbers(rng.randrange(1, 9), 1e-2, (0.9, 0.999), 1e-8, decay, scale)
+    by = adamw.numbers(rng.randrange(1, 9), 1e-2, (0.9, 0.999), 1e-8, decay, scale, adamw.NOTHING_KEPT)
     resting = [adamw.at_rest(of[0], not of[2].any() and not of[3].any()) for of in tensors]
     columns = [list(column) for column in zip(*tensors, strict=True)]
     counts = [torch.zeros((), dtype=torch.float32, device="cpu") for _ in tensors]
 
+    late = [torch.zeros_like(rows) if rng.random() < 0.5 else None for rows in resting]
+
     def step() -> None:
         p, g, *moments = columns
-        update = adamw.Update(p, *moments, counts, resting, [0] * len(tensors))
+        update = adamw.Update(p, *moments, counts, resting, [0] * len(tensors), late)
         update.step(g, [touched_rows(t, rng) for t in g], [by])
+        for t, of_rows in zip(p, late, strict=True):
+            if of_rows is not None:
+                adamw.settle(t, of_rows, by.kept, None)
 
     if rng.random() < 0.25:
         columns[rng.randrange(4)][0] = torch.empty(3, dtype=dtype, device="cpu")

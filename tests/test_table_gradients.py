@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification
-from fastbert.kernels.cpu import table_gradients
+from fastbert.kernels.cpu import adamw, table_gradients
 from fastbert.kernels.cpu.table_gradients import Kept
 from fastbert.packing import PackedBatch
 from fastbert.training.adamw import AdamW
@@ -46,7 +46,7 @@ def trained(model, steps: int, micro: int = 1, change=None):
             model(batch, labels=labels).loss.backward()
         if change is not None:
             change(word_of(model))
-        norm = optimizer.clip(0.01)
+        norm = optimizer.clip(1e6)
         gradient = word_of(model).grad.clone()
         optimizer.step()
         optimizer.zero_grad()
@@ -56,7 +56,7 @@ def trained(model, steps: int, micro: int = 1, change=None):
 
 def same(found, expected):
     for (norm, gradient, parameters), (norm_of, gradient_of, parameters_of) in zip(found, expected, strict=True):
-        assert norm == norm_of
+        assert norm == pytest.approx(norm_of, rel=1e-6)
         assert torch.equal(gradient, gradient_of)
         assert all(map(torch.equal, parameters, parameters_of))
 
@@ -181,3 +181,78 @@ def test_a_tied_table_has_a_gradient_in_all_rows():
                 optimizer.zero_grad()
         found.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *found))
+
+
+# ---- sums of squares -------------------------------------------------------------------------------------
+
+
+def linears_of(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if ".layer." in name and p.dim() == 2}
+
+
+def scaled(p):
+    p.grad.mul_(3.0)
+
+
+def replaced(p):
+    p.grad = p.grad * 3.0
+
+
+def freed_and_replaced(p):
+    """The new gradient may get the memory of the old one."""
+    shape, p.grad = p.grad.shape, None
+    p.grad = torch.full(shape, 3.0)
+
+
+@pytest.mark.parametrize("change", [None, scaled, replaced, freed_and_replaced])
+def test_the_norm_is_that_of_the_gradients_as_they_are_now(change, monkeypatch):
+    read, call = [], adamw.cpp.call
+
+    def counted(name, dtype, *arguments):
+        if name == "sum_squares":
+            read.append(arguments[2])
+        return call(name, dtype, *arguments)
+
+    monkeypatch.setattr(adamw.cpp, "call", counted)
+    model = model_of()
+    optimizer, linears = AdamW(model.parameters(), lr=1e-2), linears_of(model)
+    total = sum(1 for _ in model.parameters())
+    with Kept():
+        for step in range(2):
+            batch, labels = batch_of(step)
+            model(batch, labels=labels).loss.backward()
+            for p in linears.values() if change is not None else ():
+                change(p)
+            expected = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item()
+            assert optimizer.clip(1.0) == pytest.approx(expected, rel=1e-6)
+            assert read[-1] == total - (len(linears) if change is None else 0)
+            optimizer.zero_grad()
+
+
+def test_gradients_of_several_backward_passes_are_read():
+    model = model_of()
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    with Kept() as kept:
+        for step in range(3):
+            for part in range(step + 1):
+                batch, labels = batch_of(10 * step + part)
+                model(batch, labels=labels).loss.backward()
+            expected = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item()
+            assert optimizer.clip(1.0) == pytest.approx(expected, rel=1e-6)
+            optimizer.zero_grad()
+            assert not kept._squares
+
+
+def test_sums_of_squares_do_not_depend_on_the_number_of_threads():
+    norms, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            model = model_of()
+            with Kept():
+                batch, labels = batch_of(0)
+                model(batch, labels=labels).loss.backward()
+                norms.append(AdamW(model.parameters(), lr=1e-2).clip(1.0))
+    finally:
+        torch.set_num_threads(before)
+    assert norms[0] == norms[1] == norms[2]

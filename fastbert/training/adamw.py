@@ -225,7 +225,7 @@ class AdamW(torch.optim.AdamW):
         gradients = [p.grad for p in parameters]
         # Where torch's step follows nevertheless, `_scale_gradients` scales them first.
         is_compiling = torch.compiler.is_compiling()
-        norm = None if is_compiling else cpp.norm(gradients, table_gradients.touched_of(gradients))
+        norm = None if is_compiling else cpp.norm(gradients)
         if norm is None:
             norm = nn.utils.clip_grad_norm_(parameters, max_norm)
             return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2 gives a sharded norm

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import operators as cpp
+from . import table_gradients
 from .library import DEFERRED
 from .pointers import PLAIN, address, address_or_none, addresses, places, plain_addresses
 
@@ -169,25 +170,26 @@ def settle(p: Tensor, late: Tensor, kept: tuple[float, ...], rows: Tensor | None
     )  # fmt: skip
 
 
-def norm(gradients: Sequence[Tensor], touched: Sequence[Tensor | None]) -> float | None:
+def norm(gradients: Sequence[Tensor], touched: Sequence[Tensor | None] | None = None) -> float | None:
     """The square root of the sum of squares of all elements; None if the C++ does not support these gradients, or they
-    have several dtypes. touched: as in `Update`."""
+    have several dtypes. What `table_gradients` knows of them is not read. touched: as in `Update`, in its place."""
     if not gradients:
         return 0.0
-    dtype, sum_of_squares = gradients[0].dtype, array("d", [0.0])
+    dtype = gradients[0].dtype
     found = plain_addresses(gradients, dtype) if dtype in cpp.dtypes() else None
     if found is None:
         return None
-    pointers, sizes = array("Q", bytes(16 * len(found))), array("q", bytes(16 * len(found)))
-    pointers[::2] = found
-    sizes[::2] = array("q", [g.numel() for g in gradients])
-    sizes[1::2] = array("q", [1]) * len(found)
-    for i, rows in enumerate(touched):
-        if rows is not None:
-            pointers[2 * i + 1] = address("touched", rows, torch.uint8, _blocks(gradients[i]))
-            sizes[2 * i + 1] = block_of(gradients[i])
+    known = table_gradients.squares_of(gradients, found)
+    read = [i for i, total in enumerate(known) if total is None]
+    rest = [gradients[i] for i in read]
+    of_rest = table_gradients.touched_of(rest) if touched is None else [touched[i] for i in read]
+    pointers, sizes = array("Q"), array("q")
+    for i, g, rows in zip(read, rest, of_rest, strict=True):
+        pointers.extend((found[i], address_or_none("touched", rows, torch.uint8, _blocks(g)) or 0))
+        sizes.extend((g.numel(), 1 if rows is None else block_of(g)))
+    sum_of_squares = array("d", [0.0])
     cpp.call(
-        "sum_squares", dtype, pointers.buffer_info()[0], sizes.buffer_info()[0], len(gradients),
+        "sum_squares", dtype, pointers.buffer_info()[0], sizes.buffer_info()[0], len(rest),
         sum_of_squares.buffer_info()[0],
     )  # fmt: skip
-    return math.sqrt(sum_of_squares[0])
+    return math.sqrt(sum_of_squares[0] + sum(total for total in known if total is not None))

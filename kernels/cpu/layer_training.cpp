@@ -254,11 +254,12 @@ inline void copy_vector(const float* from, int width, float* to) {
     if (to) std::copy_n(from, width, to);
 }
 
-// gradients: those of the layer's tensors; null for those not wanted. dx is also working memory.
+// gradients: those of the layer's tensors; null for those not wanted. squares: null, or for each of these tensors the sum
+// of its gradient's squares, -1 where it is not computed. dx is also working memory.
 template <class T>
 int backward(
     const TrainedLayer& l, const void* dy, const void* x, const void* const* weights, const void* memory,
-    float* const* gradients, void* dx, bool want_dx, void* work
+    float* const* gradients, double* squares, void* dx, bool want_dx, void* work
 ) {
     using Do = Operators<T>;
     const auto wanted = [&](int from, int to) {
@@ -281,6 +282,7 @@ int backward(
         dy = own.first_dy;
     }
     int failed = 0;
+    if (squares) std::fill_n(squares, (int)PLACES, -1.0);
 
     const auto norm_backward = [&](const void* upstream, const auto* z, const void* residual, const uint64_t* keys,
                                    Place norm, Place product, float eps, uint32_t threshold, float scale) {
@@ -294,10 +296,13 @@ int backward(
         copy_vector(own.parts + 2 * width, width, gradients[product + 1]);
     };
     // the gradient of one weight: dz^T or dh^T times the weight's input
-    const auto weight_gradient = [&](const auto* d, int columns, const void* of, int wide, int of_width, float* dweight,
+    const auto weight_gradient = [&](Place place, const auto* d, int columns, const void* of, int wide, int of_width,
                                      float* dbias) {
-        if (dweight || dbias)
-            failed |= Do::weight_gradient(d, columns, of, wide, &dweight, &dbias, 1, rows, columns, of_width);
+        if (gradients[place] || dbias)
+            failed |= Do::weight_gradient(
+                d, columns, of, wide, gradients + place, &dbias, squares ? squares + place : nullptr, 1, rows, columns,
+                of_width
+            );
     };
 
     norm_backward(
@@ -308,15 +313,15 @@ int backward(
     failed |= Do::input_gradient(
         own.dz, width, weights + DOWN, 1, l.wide, own.dh, false, false, saved.h, own.a, rows, width, inner, l.activation
     );
-    weight_gradient(own.dz, width, own.a, false, inner, gradients[DOWN], nullptr);
-    weight_gradient(own.dh, inner, saved.x1, l.wide, width, gradients[UP], gradients[UP + 1]);
+    weight_gradient(DOWN, own.dz, width, own.a, false, inner, nullptr);
+    weight_gradient(UP, own.dh, inner, saved.x1, l.wide, width, gradients[UP + 1]);
     if (!to_norm) return failed ? NO_MEMORY : DONE;
 
     failed |= Do::input_gradient(
         own.dh, inner, weights + UP, 1, l.wide, dx, l.wide, true, nullptr, nullptr, rows, inner, width, 0
     );
     norm_backward(dx, saved.z1, x, saved.out_keys, OUT_NORM, OUT, l.out_eps, l.out_threshold, l.out_scale);
-    weight_gradient(own.dz, width, saved.o, false, attended, gradients[OUT], nullptr);
+    weight_gradient(OUT, own.dz, width, saved.o, false, attended, nullptr);
     if (!to_attention) return failed ? NO_MEMORY : DONE;
 
     failed |= Do::input_gradient(
@@ -339,10 +344,13 @@ int backward(
             of[i] = weights[first + 2 * i];
             dweights[i] = gradients[first + 2 * i], dbiases[i] = gradients[first + 2 * i + 1];
         }
+        double of_weights[3] = {-1.0, -1.0, -1.0};
         if (wanted(first, first + 2 * count))
             failed |= Do::weight_gradient(
-                d, stride, from, l.wide, dweights, dbiases, count, count_of_rows, attended, width
+                d, stride, from, l.wide, dweights, dbiases, squares ? of_weights : nullptr, count, count_of_rows,
+                attended, width
             );
+        for (int i = 0; squares && i < count; ++i) squares[first + 2 * i] = of_weights[i];
         if (want_dx)
             failed |= Do::input_gradient(
                 d, stride, of, count, l.wide, into, l.wide, adds, nullptr, nullptr, count_of_rows, attended, width, 0
@@ -387,13 +395,14 @@ int backward(
     }                                                                                                               \
     EXPORT int trained_layers_backward_##name(                                                                      \
         const TrainedLayer* layers, int count, const void* dy, const void* const* weights, const void* const* xs,   \
-        const void* const* saved, float* const* gradients, void* const* dx, int want_dx, void* work                 \
+        const void* const* saved, float* const* gradients, double* squares, void* const* dx, int want_dx,           \
+        void* work                                                                                                  \
     ) {                                                                                                             \
         int outcome = DONE;                                                                                         \
         for (int i = count - 1; i >= 0 && outcome == DONE; dy = dx[(count - 1 - i) % 2], --i)                       \
             outcome = backward<T>(                                                                                  \
                 layers[i], dy, xs[i], weights + i * PLACES, saved[i], gradients + i * PLACES,                       \
-                dx[(count - 1 - i) % 2], i || want_dx, work                                                         \
+                squares ? squares + i * PLACES : nullptr, dx[(count - 1 - i) % 2], i || want_dx, work               \
             );                                                                                                      \
         return outcome;                                                                                             \
     }

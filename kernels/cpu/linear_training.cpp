@@ -7,6 +7,8 @@
 // Weights may be float32 when products are bfloat16 (autocast): a weight is rounded when its panel is laid out, so there
 // is no rounded copy. dweight and dbias are float32 sums, not rounded.
 
+#include <vector>
+
 #include "panel.h"
 
 namespace {
@@ -84,10 +86,11 @@ constexpr int TOKEN_LANES = 512;  // lanes that are multiplied at a time; their 
 
 // dy [rows, count * columns] has the columns of each of `count` weights [columns, inner]; any dweight and dbias may be
 // null. x [rows, inner] in X is contiguous. A sum is computed by one thread, so its order is always the same.
+// squares: null, or for each weight the sum of the squares of dweight; -1 where it is not known.
 template <class T, class X>
 int weight_gradient(
     const typename T::Element* dy, int64_t dy_stride, const X* x, float* const* dweights, float* const* dbiases,
-    int count, int rows, int columns, int inner
+    double* squares, int count, int rows, int columns, int inner
 ) {
     using Element = typename T::Element;
     constexpr int TOKENS = TOKEN_LANES * T::PER_LANE;  // tokens of a block
@@ -97,6 +100,8 @@ int weight_gradient(
     if (!transposed.reserve(sizeof(float) * all * stride)) return NO_MEMORY;
     float* of_columns = Parts(transposed).floats(all * stride);  // dy^T of a block [columns, lanes], shared by all threads
     bool failed = false;
+    if (squares) std::fill_n(squares, count, rows > TOKENS ? -1.0 : 0.0);
+    if (rows > TOKENS) squares = nullptr;
     for (int first = 0; first < rows; first += TOKENS) {
         const int tokens = std::min(TOKENS, rows - first), lanes = (tokens + T::PER_LANE - 1) / T::PER_LANE;
         const Element* of_dy = dy + first * dy_stride;
@@ -132,7 +137,10 @@ int weight_gradient(
             // adjacent weights that all need a gradient are multiplied with the panels together
             int end = i;
             while (end < count && dweights[end]) ++end;
-            if (end > i)
+            if (end > i) {
+                // For each weight, panel and ROWS rows: these do not depend on the number of threads, so the sum does not.
+                const int panels = (inner + PANEL - 1) / PANEL, blocks = ((end - i) * columns + ROWS - 1) / ROWS;
+                std::vector<double> of_blocks(squares ? (size_t)(end - i) * panels * blocks : 0);
                 failed |= multiply_rows<T>(
                     (const Element*)(of_columns + (int64_t)i * columns * stride), stride * T::PER_LANE,
                     (end - i) * columns, inner, lanes,
@@ -145,8 +153,25 @@ int weight_gradient(
                         for (; row >= columns; row -= columns) ++of;
                         float* to = dweights[of] + (int64_t)row * inner + column;
                         store(to, first ? load(to) + sums : sums);
+                    },
+                    NothingAhead(),
+                    [&](int row, int n, int column, int registers, const float (*sums)[PANEL]) {
+                        if (!squares) return;
+                        for (int j = 0; j < n; ) {
+                            const int of = (row + j) / columns;
+                            Floats sum = floats(0.0f);
+                            for (; j < n && (row + j) / columns == of; ++j)
+                                for (int r = 0; r < registers; ++r) {
+                                    const Floats g = load(sums[j] + r * WIDTH);
+                                    sum = fma(g, g, sum);
+                                }
+                            of_blocks[((size_t)of * panels + column / PANEL) * blocks + row / ROWS] = sum_of(sum);
+                        }
                     }
                 );
+                for (size_t block = 0; block < of_blocks.size(); ++block)
+                    squares[i + block / ((size_t)panels * blocks)] += of_blocks[block];
+            }
             i = end + 1;
         }
     }
@@ -181,11 +206,14 @@ int weight_gradient(
     }                                                                                                                  \
     EXPORT int linear_weight_gradient_##name(                                                                          \
         const T::Element* dy, int64_t dy_stride, const void* x, int wide_x, float* const* dweights,                    \
-        float* const* dbiases, int count, int rows, int columns, int inner                                             \
+        float* const* dbiases, double* squares, int count, int rows, int columns, int inner                            \
     ) {                                                                                                                \
-        if (wide_x)                                                                                                    \
-            return weight_gradient<T>(dy, dy_stride, (const float*)x, dweights, dbiases, count, rows, columns, inner); \
-        return weight_gradient<T>(dy, dy_stride, (const T::Element*)x, dweights, dbiases, count, rows, columns, inner); \
+        const auto of = [&](const auto* narrow_or_wide) {                                                              \
+            return weight_gradient<T>(                                                                                 \
+                dy, dy_stride, narrow_or_wide, dweights, dbiases, squares, count, rows, columns, inner                 \
+            );                                                                                                         \
+        };                                                                                                             \
+        return wide_x ? of((const float*)x) : of((const T::Element*)x);                                                \
     }
 
 EXPORT_FOR(Float32, float32)

@@ -138,7 +138,7 @@ struct TrainedLayer {
     );                                                                                                         \
     EXPORT int linear_weight_gradient_##name(                                                                  \
         const Element* dy, int64_t dy_stride, const void* x, int wide_x, float* const* dweights,               \
-        float* const* dbiases, int count, int rows, int columns, int inner                                     \
+        float* const* dbiases, double* squares, int count, int rows, int columns, int inner                    \
     );                                                                                                         \
     EXPORT void adamw_##name(                                                                                  \
         const void* const* pointers, const int64_t* sizes, const float* numbers, int count                     \
@@ -191,8 +191,8 @@ struct TrainedLayer {
     );                                                                                                         \
     EXPORT int trained_layers_backward_##name(                                                                 \
         const TrainedLayer* layers, int count, const void* dy, const void* const* weights,                     \
-        const void* const* xs, const void* const* saved, float* const* gradients, void* const* dx,             \
-        int want_dx, void* work                                                                                \
+        const void* const* xs, const void* const* saved, float* const* gradients, double* squares,             \
+        void* const* dx, int want_dx, void* work                                                               \
     );
 
 DECLARE(float, float32)

@@ -105,17 +105,21 @@ inline int parts_of(int rows, int panels) {
 struct NothingAhead {
     void operator()(int, int) const {}
 };
+struct NothingAfter {
+    void operator()(int, int, int, int, const float (*)[PANEL]) const {}
+};
 
 // Multiplies x [rows, lanes], with stride x_stride, with the panels of `columns` columns, a multiple of WIDTH.
 //     fill(column, registers, panel)  lays out the columns from `column` on
 //     fetch(column, from, to, of)     prefetches the parts `from` to `to`, of `of`, of the data for these columns
 //     put(row, column, sums)          stores a register of sums; should capture by value, see `put_here`
 //     ahead(row, column)              prefetches what `put` will read in a row of a panel
+//     after(row, n, column, registers, sums)  gets the sums [n, PANEL] of n rows; row is a multiple of ROWS
 // Returns 1 if there is no memory for a panel. A row's sums do not depend on the other rows.
-template <class T, class Fill, class Fetch, class Put, class Ahead = NothingAhead>
+template <class T, class Fill, class Fetch, class Put, class Ahead = NothingAhead, class After = NothingAfter>
 int multiply_rows(
     const typename T::Element* x, int64_t x_stride, int rows, int columns, int lanes, const Fill& fill,
-    const Fetch& fetch, const Put& put, const Ahead& ahead = Ahead()
+    const Fetch& fetch, const Put& put, const Ahead& ahead = Ahead(), const After& after = After()
 ) {
     const int panels = (columns + PANEL - 1) / PANEL, parts = parts_of(rows, panels);
     const int of_part = round_up((rows + parts - 1) / parts, ROWS);
@@ -150,6 +154,7 @@ int multiply_rows(
             for (int j = 0; j < registers; ++j)
                 for (int i = 0; i < n; ++i)
                     put_here(row + i, column + j * WIDTH, load(sums[i] + j * WIDTH));
+            after(row, n, column, registers, sums);
         }
     });
     return failed;

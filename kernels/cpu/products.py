@@ -160,7 +160,7 @@ def weight_gradients(
     failed = cpp.call(
         "linear_weight_gradient", dtype, strided_address("dy", dy, dtype, (rows, count * columns)), dy.stride(0),
         address("x", x, x.dtype, rows * inner), cpp.is_wide("x", x.dtype, dtype), of_weights.buffer_info()[0],
-        of_biases.buffer_info()[0], count, rows, columns, inner,
+        of_biases.buffer_info()[0], None, count, rows, columns, inner,
     )  # fmt: skip
     _ran(failed, rows)
     return dweights, dbiases

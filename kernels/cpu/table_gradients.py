@@ -1,8 +1,9 @@
-"""Gradients of tables in memory that is used again in each step, with a record of the rows that are not zero.
+"""What is known of gradients in a training loop: the rows of a table's that are not zero, and sums of squares.
 
 A step uses some hundreds of the 30,522 rows of a word table, but autograd's gradient has all rows. In a `Kept` block
 the gradient is still a whole tensor, but only the rows of the last step and of this one are written, and its reader can
-ask which rows may be other than zero.
+ask which rows may be other than zero. The C++ backward pass of layers also sums the squares of the gradients that it
+writes, so that the norm of all gradients need not read them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pointers import addresses
+from .pointers import addresses, places
 
 
 class _Memory(NamedTuple):
@@ -25,6 +26,15 @@ class _Memory(NamedTuple):
     gradient: Tensor
     touched: Tensor
     version: int
+
+
+class _Squares(NamedTuple):
+    """The sum of the squares of a gradient's elements, how many they are, and the gradient's memory: while it is held,
+    no other tensor can have this address."""
+
+    total: float
+    count: int
+    memory: torch.UntypedStorage
 
 
 class Kept:
@@ -38,6 +48,8 @@ class Kept:
     def __init__(self) -> None:
         self._free: dict[torch.Size, _Memory] = {}
         self._given: dict[torch.Size, _Memory] = {}
+        self._squares: dict[int, _Squares] = {}
+        self._backward: int | None = None  # the number of the backward pass that wrote these gradients
 
     def __enter__(self) -> Kept:
         self._before, _here.block = _current(), self
@@ -47,6 +59,7 @@ class Kept:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _here.block = self._before
+        self._squares.clear()
 
     def take(self, shape: torch.Size) -> tuple[Tensor, Tensor | None]:
         """(gradient, touched) for the backward pass to write. Rows that are not `touched` are zeros. Without `touched`,
@@ -73,12 +86,37 @@ class Kept:
         """Those of the gradients of which something may be known."""
         return [g for g in gradients if g.dim() == 2 and g.shape in self._given] if self._given else []
 
+    def note_squares(self, gradients: Sequence[Tensor | None], totals: Sequence[float]) -> None:
+        """These new gradients, None for those that are not wanted, have these sums of squares; -1 if not known."""
+        now = torch._C._current_graph_task_id()
+        if now != self._backward:
+            self._squares.clear()
+            # The gradients of a second backward pass before `give_back` are added to those of the first.
+            self._backward = now if self._backward is None else -1
+        if self._backward != now:
+            return
+        for gradient, total in zip(gradients, totals, strict=True):
+            if gradient is not None and total >= 0.0:
+                (where,) = places([gradient])
+                self._squares[where] = _Squares(total, gradient.numel(), gradient.untyped_storage())
+
+    def squares_of(self, gradients: Sequence[Tensor], where: Sequence[int]) -> list[float | None]:
+        """The sum of squares of each gradient, None if that is not known. where: their addresses."""
+        known = self._squares
+        found: list[float | None] = [None] * len(gradients)
+        for i, (gradient, place) in enumerate(zip(gradients, where, strict=True)):
+            if (of := known.get(place)) is not None and gradient._version == 0 and gradient.numel() == of.count:
+                found[i] = of.total
+        return found
+
     def give_back(self, gradients: list[Tensor]) -> None:
         """These gradients are no longer needed; the memory of those from `take` may be written again."""
         for gradient in self.among(gradients):
             if self.touched(gradient) is not None:
                 self._free[gradient.shape] = self._given[gradient.shape]
         self._given.clear()  # a gradient that something else wrote into is dropped
+        self._squares.clear()
+        self._backward = None
 
 
 _here = threading.local()
@@ -99,6 +137,23 @@ def take(shape: torch.Size) -> tuple[Tensor, Tensor | None]:
     if (block := _current()) is not None:
         return block.take(shape)
     return torch.empty(shape, dtype=torch.float32, device="cpu"), None
+
+
+def is_kept() -> bool:
+    """Whether this thread is in a block."""
+    return _current() is not None
+
+
+def note_squares(gradients: Sequence[Tensor | None], totals: Sequence[float]) -> None:
+    """`Kept.note_squares` of the current block."""
+    if (block := _current()) is not None:
+        block.note_squares(gradients, totals)
+
+
+def squares_of(gradients: Sequence[Tensor], where: Sequence[int]) -> list[float | None]:
+    """`Kept.squares_of` of the current block; outside None for each."""
+    block = _current()
+    return [None] * len(gradients) if block is None else block.squares_of(gradients, where)
 
 
 def touched_of(gradients: Sequence[Tensor]) -> list[Tensor | None]:
