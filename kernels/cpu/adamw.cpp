@@ -132,13 +132,15 @@ void step(const void* const* pointers, const int64_t* sizes, const Numbers* numb
     }
 }
 
-// Applies the deferred decay of the rows `ids`, or of all rows if ids is null. kept: of the last DEFERRED steps.
+// Applies the deferred decay of the `count` rows `ids`, or of all rows if ids is null. p has `size` elements; only its last
+// row may have fewer than `width`. kept: of the last DEFERRED steps.
 template <class T>
 void settle(
-    typename T::Element* p, uint8_t* late, const int64_t* ids, int64_t count, int64_t width, const float* kept
+    typename T::Element* p, uint8_t* late, const int64_t* ids, int64_t count, int64_t size, int64_t width,
+    const float* kept
 ) {
     const auto settle_row = [&](int64_t row) {
-        if (late[row]) decay<T>(p + row * width, width, kept + DEFERRED, late[row]);
+        if (late[row]) decay<T>(p + row * width, std::min(width, size - row * width), kept + DEFERRED, late[row]);
         late[row] = 0;
     };
     if (ids) {  // by one thread, since an id may be there twice
@@ -146,7 +148,7 @@ void settle(
         return;
     }
 #pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < count; ++row) settle_row(row);
+    for (int64_t row = 0; row < (size + width - 1) / width; ++row) settle_row(row);
 }
 
 constexpr int64_t BLOCK = 1024;  // one thread sums the squares of this many elements, so the order is always the same
@@ -206,9 +208,10 @@ double sum_squares(const void* const* pointers, const int64_t* sizes, int count)
         step<T>(pointers, sizes, (const Numbers*)numbers, count);                                                      \
     }                                                                                                                  \
     EXPORT void adamw_settle_##name(                                                                                   \
-        T::Element* p, uint8_t* late, const int64_t* ids, int64_t count, int64_t width, const float* kept              \
+        T::Element* p, uint8_t* late, const int64_t* ids, int64_t count, int64_t size, int64_t width,                  \
+        const float* kept                                                                                              \
     ) {                                                                                                                \
-        settle<T>(p, late, ids, count, width, kept);                                                                   \
+        settle<T>(p, late, ids, count, size, width, kept);                                                             \
     }                                                                                                                  \
     EXPORT void sum_squares_##name(                                                                                    \
         const void* const* pointers, const int64_t* sizes, int count, double* sum                                      \

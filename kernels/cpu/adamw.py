@@ -166,7 +166,7 @@ def settle(p: Tensor, late: Tensor, kept: tuple[float, ...], rows: Tensor | None
         "adamw_settle", p.dtype, address("parameter", p, p.dtype, size),
         address("late", late, torch.uint8, _blocks(p)),
         None if rows is None else address("rows", rows, torch.int64, rows.numel()),
-        _blocks(p) if rows is None else rows.numel(), width, factors.buffer_info()[0],
+        0 if rows is None else rows.numel(), size, width, factors.buffer_info()[0],
     )  # fmt: skip
 
 

@@ -144,7 +144,8 @@ struct TrainedLayer {
         const void* const* pointers, const int64_t* sizes, const float* numbers, int count                     \
     );                                                                                                         \
     EXPORT void adamw_settle_##name(                                                                           \
-        Element* p, uint8_t* late, const int64_t* ids, int64_t count, int64_t width, const float* kept         \
+        Element* p, uint8_t* late, const int64_t* ids, int64_t count, int64_t size, int64_t width,             \
+        const float* kept                                                                                      \
     );                                                                                                         \
     EXPORT void sum_squares_##name(                                                                            \
         const void* const* pointers, const int64_t* sizes, int count, double* sum                              \
