@@ -171,6 +171,7 @@ def test_add_layer_norm_that_goes_to_torch():
     # weights as given, with groups of rows, and transposed: up to six rows; from one register of columns to more than a
     # panel of four
     [*itertools.product((1, 3, 4, 5, 17, 64), (4, 68), (32, 96)), (17, 32, 1056),
+     (3, 68, 2080), (5, 36, 4128), (20, 100, 1056), (50, 4, 544),  # several parts of a row
      (9, 48, 1056), (12, 16, 32), (16, 144, 544), (28, 48, 96), (64, 32, 1056), (96, 48, 96),
      (145, 16, 32), (146, 64, 544), (147, 112, 96), (148, 208, 32), (149, 80, 1056), (150, 128, 544)],
 )  # fmt: skip
@@ -192,10 +193,11 @@ def test_products(dtype, activation, rows, columns, inner):
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize(("rows", "fewer"), [(8, 1), (93, 16), (300, 151)])
+@pytest.mark.parametrize(("rows", "fewer"), [(8, 1), (93, 32), (300, 151)])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_products_do_not_depend_on_other_rows_or_threads(rows, fewer, threads):
-    """In each of the three products a row's bits do not depend on the number of rows, nor on the number of threads."""
+    """In each of the three products a row's bits do not depend on the number of threads or of rows. (From nine rows on,
+    the product for few rows cuts a sum by their number.)"""
     x, weight, bias = torch.randn(rows, 544), torch.randn(144, 544), torch.randn(144)
     together, before = cpp.linear(x, weight, bias, "gelu"), torch.get_num_threads()
     try:
@@ -204,6 +206,13 @@ def test_products_do_not_depend_on_other_rows_or_threads(rows, fewer, threads):
             assert torch.equal(cpp.linear(x[n : n + fewer], weight, bias, "gelu"), together[n : n + fewer])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.cpp
+def test_products_of_many_rows_with_few_columns():
+    """The product for few rows computes them 64 at a time."""
+    x, weight = torch.randn(130, 96), torch.randn(4, 96)
+    assert torch.equal(cpp.linear(x, weight, None), torch.cat([cpp.linear(t, weight, None) for t in x.split(64)]))
 
 
 @pytest.mark.cpp

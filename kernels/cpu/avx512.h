@@ -118,19 +118,22 @@ inline void transpose(Ints rows[WIDTH]) {
     }
 }
 
-// The sums of the lanes of WIDTH registers, in one register.
+// The sums of the lanes of WIDTH registers, in one register. The registers of a caller's array stay registers only where
+// the loops are unrolled early.
 inline Floats sums_of_lanes(const Floats of[WIDTH]) {
-    Floats t[WIDTH];
-    for (int i = 0; i < WIDTH; i += 2)
-        t[i / 2] = _mm512_unpacklo_ps(of[i], of[i + 1]) + _mm512_unpackhi_ps(of[i], of[i + 1]);
-    for (int i = 0; i < WIDTH / 2; i += 2) {
-        const __m512d low = _mm512_castps_pd(t[i]), high = _mm512_castps_pd(t[i + 1]);
-        t[i / 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high)) + _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    Floats t[WIDTH / 2], u[WIDTH / 4];
+#pragma GCC unroll 8
+    for (int i = 0; i < WIDTH / 2; ++i)
+        t[i] = _mm512_unpacklo_ps(of[2 * i], of[2 * i + 1]) + _mm512_unpackhi_ps(of[2 * i], of[2 * i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < WIDTH / 4; ++i) {
+        const __m512d low = _mm512_castps_pd(t[2 * i]), high = _mm512_castps_pd(t[2 * i + 1]);
+        u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high)) + _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
     }
-    for (int n = WIDTH / 4; n > 1; n /= 2)
-        for (int i = 0; i < n; i += 2)
-            t[i / 2] = _mm512_shuffle_f32x4(t[i], t[i + 1], 0x88) + _mm512_shuffle_f32x4(t[i], t[i + 1], 0xdd);
-    return t[0];
+    const auto add = [](Floats a, Floats b) {
+        return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
+    };
+    return add(add(u[0], u[1]), add(u[2], u[3]));
 }
 
 // WIDTH / 4 elements, repeated four times.

@@ -23,9 +23,8 @@ constexpr int UP_ROWS = 1024;  // rows of the widest matrix that are computed at
         int failed = 0;                                                                                            \
         Team::in_one_region([&] {                                                                                  \
         for (const Layer<T::Element>* l = layers; l < layers + count && !failed; ++l) {                            \
-            failed |= linear_##name(x, l->query.weight, l->query.bias, q, width, rows, width, width, 0, in_one_way); \
-            failed |= linear_##name(x, l->key.weight, l->key.bias, k, width, rows, width, width, 0, in_one_way);   \
-            failed |= linear_##name(x, l->value.weight, l->value.bias, v, width, rows, width, width, 0, in_one_way); \
+            const Linear<T::Element> inputs[] = {l->query, l->key, l->value};                                      \
+            failed |= linears_##name(x, inputs, 3, q, size, width, rows, width, width, 0, in_one_way);             \
             failed |= attention_##name(q, k, v, o, nullptr, starts, starts, sequences, rows, rows, heads, heads, head_dim, \
                                        width, head_dim, width, head_dim, width, head_dim, UNBOUNDED, UNBOUNDED,    \
                                        1 / std::sqrt((float)head_dim), nullptr);                                   \

@@ -128,6 +128,10 @@ struct TrainedLayer {
         const Element* x, const Element* weight, const Element* bias, Element* y, int64_t y_stride, int rows,  \
         int columns, int inner, int activation, int in_one_way                                                 \
     );                                                                                                         \
+    EXPORT int linears_##name(                                                                                 \
+        const Element* x, const Linear<Element>* products, int count, Element* y, int64_t y_step,              \
+        int64_t y_stride, int rows, int columns, int inner, int activation, int in_one_way                     \
+    );                                                                                                         \
     EXPORT int linear_forward_##name(                                                                          \
         const Element* x, const void* weight, const void* bias, int wide, Element* y, int64_t y_stride,        \
         Element* h, int rows, int columns, int inner, int activation                                           \

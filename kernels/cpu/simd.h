@@ -214,8 +214,8 @@ inline void copy_row(const E* from, int count, E* to) {
 
 // Prefetches the address into the second-level cache, and into the first-level cache. In assembler, because GCC 12.2 takes a
 // function that only calls __builtin_prefetch for one without effects, and removed the calls.
-inline void fetch(const void* what) { asm volatile("prefetcht1 %0" : : "m"(*(const char*)what)); }
-inline void fetch_near(const void* what) { asm volatile("prefetcht0 %0" : : "m"(*(const char*)what)); }
+inline void fetch(const void* what) { asm volatile("prefetcht1 %a0" : : "p"(what)); }
+inline void fetch_near(const void* what) { asm volatile("prefetcht0 %a0" : : "p"(what)); }
 
 // Calls take(registers, column) for blocks of MOST registers of columns, and for the remaining, smaller block.
 template <int MOST, class Take>

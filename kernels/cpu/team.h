@@ -51,15 +51,22 @@ class Team {
             for (int i = 0; i < chunks; ++i) chunk(i);
     }
 
-    // Calls part(from, to) for ranges of at least `least` that cover 0 to n, some for each thread.
+    // Calls part(from, to) for ranges of at least `least` that cover 0 to n. Of its share, a thread takes half, then a
+    // quarter, and so on, so that little is left to wait for when another thread has finished.
     template <class Part>
     static void share_range(int64_t n, int64_t least, const Part& part) {
-        const int parts = (int)std::clamp<int64_t>(n / least, 1, (int64_t)PARTS * omp_get_max_threads());
-        share(parts, [&](int i) { part(n * i / parts, n * (i + 1) / parts); });
+        const int64_t threads = std::clamp<int64_t>(n / least, 1, omp_get_max_threads());
+        int parts = 1;
+        while (parts < PARTS && (n / threads >> parts) >= least) ++parts;
+        share((int)threads * parts, [&](int i) {
+            const int64_t first = n * (i / parts) / threads, end = n * (i / parts + 1) / threads;
+            const auto rest = [=](int after) { return after == parts ? 0 : (end - first) >> after; };
+            part(end - rest(i % parts), end - rest(i % parts + 1));
+        });
     }
 
   private:
-    static constexpr int QUEUES = 64, PARTS = 4, YIELDS = 2;
+    static constexpr int QUEUES = 64, PARTS = 5, YIELDS = 2;
     // Pauses before a thread yields: 2,000 take about 30 us. The first thread has the caller's time, so it yields late.
     static constexpr int SPINS_OF_FIRST = 50000, SPINS = 2000;
 
