@@ -484,3 +484,70 @@ def test_rows_that_are_settled_must_exist():
     with pytest.raises(TypeError):
         optimizer.settle(torch.tensor([1], dtype=torch.int32))
     optimizer.settle(torch.tensor([], dtype=torch.int64))
+
+
+@pytest.mark.cpp
+def test_deferred_decay_is_kept_when_a_state_is_loaded():
+    """`load_state_dict` forgot the decay that was deferred, and the table whose decay to defer."""
+    found = []
+    for defers in (False, True):
+        given = table_and_matrix(torch.float32)
+        optimizer = AdamW(given.values(), lr=0.1, weight_decay=0.3)
+        if defers:
+            optimizer.defer(given["table"])
+        state = None
+
+        def load(step, rows, optimizer=optimizer):
+            nonlocal state
+            if step == 8:
+                state = copy.deepcopy(optimizer.state_dict())
+            elif step == 13:
+                optimizer.load_state_dict(state)
+            optimizer.settle(rows)
+
+        steps_with_few_rows(given, optimizer, load)
+        assert (optimizer.deferred is not None) == defers
+        assert (optimizer._plan.late is not None) == defers
+        optimizer.settle()
+        found.append(given)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize(("name", "value"), [("step", 100.0), ("exp_avg", 0.5)])
+def test_a_state_that_is_written_before_rows_are_settled(name, value):
+    """`settle` noted the versions of all states as its own, so the plan did not see that something else had written."""
+    found = []
+    for defers in (False, True):
+        given = table_and_matrix(torch.float32)
+        optimizer = (AdamW if defers else torch.optim.AdamW)(given.values(), lr=0.1, weight_decay=0.3)
+        if defers:
+            optimizer.defer(given["table"])
+
+        def write(step, rows, optimizer=optimizer, given=given):
+            if step == 13:
+                optimizer.state[given["table"]][name].fill_(value)
+            if isinstance(optimizer, AdamW):
+                optimizer.settle(rows)
+
+        steps_with_few_rows(given, optimizer, write, 20)
+        if defers:
+            optimizer.settle()
+        found.append(given)
+    assert all(torch.allclose(found[0][of], found[1][of], atol=1e-5) for of in found[0])
+
+
+@pytest.mark.cpp
+def test_a_parameter_whose_data_was_transposed():
+    """p.data = p.data.t() leaves the address and the shape of a square matrix; the step used the old strides."""
+    found = []
+    for kind in (AdamW, torch.optim.AdamW):
+        p = torch.nn.Parameter(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
+        optimizer = kind([p], lr=0.1)
+        for step in range(4):
+            p.grad = torch.randn(16, 16, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            if step == 1:
+                p.data = p.data.t()
+        found.append(p.detach().clone())
+    torch.testing.assert_close(*found)

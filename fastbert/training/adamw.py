@@ -144,7 +144,7 @@ class _Plan:
             cpp.settle(self.table, self.late, self.kept[self.place], rows)
             torch.autograd.graph.increment_version(self.table)
             self.is_late = rows is not None
-            self._note_versions()
+            self.of_table = self.table._version
 
     def _expect_unwritten(self) -> None:
         if self.is_late and self.table._version != self.of_table:
@@ -186,8 +186,13 @@ class AdamW(torch.optim.AdamW):
         self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # `load_state_dict` calls this on an optimiser in use, `pickle` on a new one.
+        deferred = self.__dict__.get("deferred")
+        if deferred is not None:
+            self.settle()
         super().__setstate__(state)
         self._forget()
+        self.deferred = deferred
 
     def _forget(self) -> None:
         self._plan: _Plan | None = None

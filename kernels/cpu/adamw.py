@@ -117,9 +117,14 @@ class Update:
 
     def is_in_place(self) -> bool:
         """Whether parameters, moments and counts still are at the addresses that were checked: `tensor.data = other`
-        gives a tensor other memory."""
-        return places(self._counts) == self._pointers[6::8] and all(
-            places(tensors) == self._pointers[place::8] for place, tensors in zip((0, 2, 3), self._held, strict=True)
+        gives a tensor other memory, or other strides in the same memory."""
+        return (
+            places(self._counts) == self._pointers[6::8]
+            and all(
+                places(tensors) == self._pointers[place::8]
+                for place, tensors in zip((0, 2, 3), self._held, strict=True)
+            )
+            and False not in [p.is_contiguous() for p in self._held[0]]
         )
 
     def step(self, gradients: Sequence[Tensor], touched: Sequence[Tensor | None], by: Sequence[Numbers]) -> None:
