@@ -20,6 +20,7 @@ from accelerated_sentences import (
 )
 from fastbert.dropin import sentence
 from fastbert.text import batching
+from test_text_seams import BACKENDS
 
 pytest_plugins = ["accelerated_sentences"]  # has the fixtures
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -133,6 +134,30 @@ def test_long_texts_are_cut_without_changing_their_tokens(build, inputs, options
     before, after = by_the_library(lambda: (model.preprocess(inputs, **options), model.preprocess(cut, **options)))
     for name in ("input_ids", "token_type_ids", "attention_mask"):
         assert torch.equal(after[name], before[name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt": "a query: "}], ids=["alone", "prompt"])
+@pytest.mark.parametrize("name", ["RoBERTa", "XLM-R"])
+def test_long_texts_of_other_tokenizers_are_cut(build, name, options):
+    """Also one long word. A text with spaces at an end stays, since older releases of the library strip it."""
+    model = build()
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "<s>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=BACKENDS[name](), **special)
+    setattr(model[0], "processor" if hasattr(model[0], "processor") else "tokenizer", tokenizer)
+    model.max_seq_length = 64
+    long = ["an unbelievable story, told once more: " * 90 + "end", "qwertzuiop" * 400, "short", "stays " * 900]
+    long += ["a" + " " * 3000 + "b"]  # if it is cut, then in the gap
+    for inputs in (long, [(a, b) for a in long for b in long]):
+        cut = sentence.cut(model, inputs, options)
+        if inputs is long:
+            assert [len(a) < len(b) for a, b in zip(cut, inputs, strict=True)] == [True, True, False, False, False]
+        else:
+            assert (cut != inputs) == (not options)
+        before, after = by_the_library(lambda: [model.preprocess(texts, **options) for texts in (inputs, cut)])  # noqa: B023
+        for key in ("input_ids", "attention_mask"):
+            assert torch.equal(after[key], before[key]), key
+    model[0].do_lower_case = True
+    assert sentence.cut(model, long, options) == long
 
 
 def test_encode_tokenises_beginnings(build, monkeypatch):

@@ -301,12 +301,24 @@ def cut(model: nn.Module, texts: list, options: dict[str, Any]) -> list:
     ):
         return texts
     cutter = Cutter(tokenizer.backend_tokenizer)
+    if getattr(first, "do_lower_case", False) and not cutter.ignores_outer_spaces:
+        return texts  # releases before 6 change the letters first
     of_one, of_two = (max(longest - tokenizer.num_special_tokens_to_add(pair=pair), 0) for pair in (False, True))
+
+    prompt = options.get("prompt") or ""
+
+    def same(whole: str, part: str) -> bool:
+        # Releases before 6 strip texts.
+        return cutter.ignores_outer_spaces or (whole == whole.strip() and part == part.strip())
 
     def beginning(text: Any) -> Any:
         if isinstance(text, str):
-            return cutter.text(text, of_one)  # with a prompt the tokenizer keeps even fewer tokens of the text
-        return text if options.get("prompt") else type(text)(cutter.pair(*text, of_two, "longest_first"))
+            part = cutter.text(prompt + text, of_one)
+            return part[len(prompt) :] if same(prompt + text, part) else text
+        if prompt:
+            return text
+        parts = cutter.pair(*text, of_two, "longest_first")
+        return type(text)(parts) if all(map(same, text, parts)) else text
 
     return [beginning(text) for text in texts]
 

@@ -1,9 +1,9 @@
 """Cuts long texts before they are tokenised, without changing the tokens that are kept.
 
-The `tokenizers` library tokenises a whole text and then throws away what a maximum length cuts off. BERT's tokens are
-made of one word at a time, and a word ends at a space, and on either side of a Chinese character or a punctuation mark.
-So a text may be cut at such a boundary if there are enough tokens before it. A lower bound of their number is known
-without tokenising:
+The `tokenizers` library tokenises a whole text and then throws away what a maximum length cuts off. `seams` cuts texts
+for tokenizers with byte-level BPE or Unigram, and this module for those of BERT. BERT's tokens are made of one word at
+a time, and a word ends at a space, and on either side of a Chinese character or a punctuation mark. So a text may be
+cut at such a boundary if there are enough tokens before it. A lower bound of their number is known without tokenising:
 
     a boundary is a space before a letter or a digit; or the place before a Chinese character or a punctuation mark
     from a boundary to the next there is one of these characters, and so at least one token
@@ -26,6 +26,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from .kinds import Kinds
+from .seams import Seams
 
 # Characters that remain letters when a text is lower-cased or stripped of accents: Latin, Greek, Cyrillic, Hebrew,
 # Arabic, Devanagari, kana and Hangul, without the marks and signs between them.
@@ -56,6 +57,7 @@ class Cutter:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._boundary = _boundary_of(backend)
+        self._seams = Seams.of(backend) if self._boundary is None else None
 
     @cached_property
     def _kinds(self) -> Kinds:
@@ -66,6 +68,8 @@ class Cutter:
 
         shorten: whether characters within may be left out as well, which changes the places of the tokens.
         """
+        if self._seams is not None:
+            return self._seams.beginning(text, tokens, shorten)
         if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
             return text
         # The first boundary can be the start of the text, so n + 1 tokens stand before boundary n + 2.
@@ -80,6 +84,8 @@ class Cutter:
 
         As in `text`, there is at least one token from one boundary to the next.
         """
+        if self._seams is not None:
+            return self._seams.ending(text, tokens, shorten)
         if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
             return text
         size = _CHARACTERS_PER_TOKEN * (tokens + 1)
@@ -91,6 +97,11 @@ class Cutter:
             size *= 2
         return self._kinds.ending(text, tokens, shorten)
 
+    @property
+    def ignores_outer_spaces(self) -> bool:
+        """Whether spaces at the ends of a text certainly make no tokens."""
+        return self._seams is None
+
     def shortened(self, text: str) -> str:
         """A text with the same tokens, at other places: without the middle of long words and gaps."""
         if self._boundary is None or len(text) <= _WORTH_SHORTENING:
@@ -99,7 +110,8 @@ class Cutter:
 
     def texts(self, texts: list[str], tokens: int, shorten: bool = False) -> list[str]:
         """`text` of each."""
-        if self._boundary is None or max(map(len, texts), default=0) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
+        is_never = self._boundary is None and self._seams is None
+        if is_never or max(map(len, texts), default=0) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
             return texts
         return [self.text(text, tokens, shorten) for text in texts]
 
@@ -129,25 +141,26 @@ class Cutter:
         if short_first is not first and short_second is not second:
             if tokens % 2 == 0:
                 return short_first, short_second
-            if part(second, _most_tokens(first)) is not second:  # the second text certainly has more tokens
-                return short_first, part(second, _most_tokens(short_first))
-            if part(first, _most_tokens(second)) is not first:
-                return part(first, _most_tokens(short_second)), short_second
-            if self._backend.truncation or self._backend.padding:
+            if part(second, self._most_tokens(first)) is not second:  # the second text certainly has more tokens
+                return short_first, part(second, self._most_tokens(short_first))
+            if part(first, self._most_tokens(second)) is not first:
+                return part(first, self._most_tokens(short_second)), short_second
+            if self._backend.truncation or self._backend.padding or self._seams is not None:
                 return first, second  # such a backend does not tell how many tokens a whole text has
             if any(token.single_word for token in self._backend.get_added_tokens_decoder().values()):
                 return first, second  # whether such a token is one depends on characters behind a boundary, too
             if self._count(first) > self._count(second):
-                return part(first, _most_tokens(short_second)), short_second
-            return short_first, part(second, _most_tokens(short_first))
+                return part(first, self._most_tokens(short_second)), short_second
+            return short_first, part(second, self._most_tokens(short_first))
         if short_second is not second:
-            return first, part(second, max(tokens, _most_tokens(first)))
-        return part(first, max(tokens, _most_tokens(second))), second
+            return first, part(second, max(tokens, self._most_tokens(first)))
+        return part(first, max(tokens, self._most_tokens(second))), second
 
-
-def _most_tokens(text: str) -> int:
-    """Upper bound of a text's tokens: each token has at least one character after normalisation."""
-    return len(text) if text.isascii() else _TOKENS_PER_CHARACTER * len(text)
+    def _most_tokens(self, text: str) -> int:
+        """Upper bound of a text's tokens. Of BERT's, each has at least one character after normalisation."""
+        if self._seams is not None:
+            return self._seams.most_tokens(text)
+        return len(text) if text.isascii() else _TOKENS_PER_CHARACTER * len(text)
 
 
 def _boundary_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:

@@ -1,0 +1,397 @@
+"""Cuts long texts for tokenizers with byte-level BPE or Unigram, without changing the tokens that are kept.
+
+Such a tokenizer finds added tokens in a text, normalises what is between them, finds added tokens there too, splits the
+rest into words, and makes tokens of each word by itself. Two questions decide where a text may be cut.
+
+**Is the place a seam?** The text before a seam becomes the same normalised text with the same added tokens, whatever
+follows. That is certain under these conditions on the characters beside it:
+
+    The one behind is of `_BEGINNING`: Unicode neither moves such a character nor joins it with one before it, so a
+    normalised segment and a grapheme cluster end there. The one before is no Hangul jamo, joiner or control character,
+    and none of the few letters that are in one cluster with whatever follows.
+    The one before is no whitespace, so neither an added token nor a normalizer takes spaces from both sides.
+    No added token contains the two in this order, or ends with the one before. So no added token reaches over the
+    seam, and whether there is one before the seam does not depend on what is behind.
+    Neither is in a pattern of several characters that the normalizer replaces.
+
+A place within a gap is as good as a seam under other conditions, see `_is_in_gap`.
+
+**Which tokens before a seam are final?** The pre-tokenizers here split from left to right, and look no further than to
+the character behind a word, except for an apostrophe, in "'re"; so no seam is up to three characters behind one. All
+words before a seam are therefore final except for the last, which may go on.
+
+    A space behind another character always begins a word, so at such a seam the last word is final, too.
+    Where the last word may go on: in every longer word the seam is the end of a token, or a token reaches over it. No
+    merge of BPE has joined what is before the beginning of that token with what is behind, so the tokens before it are
+    those of a word that ends there. The same is true of Unigram, whose best path to a place does not depend on what
+    follows. The vocabulary tells where a token that reaches over the seam can begin. If the words that end at these
+    places and at the seam all have the same first tokens, every longer word has them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+
+# Punctuation, digits and letters that begin a grapheme cluster, and that no normalisation joins with what is before.
+_BEGINNING = re.compile(
+    "[ -~\u00a1-\u00ac\u00ae-\u02ff\u0391-\u03a1\u03a3-\u03c9\u0400-\u0481\u048a-\u052f\u05d0-\u05ea\u0621-\u063a"
+    "\u0641-\u064a\u0e01-\u0e30\u0e40-\u0e45\u1e00-\u1eff\u2010-\u2027\u3001-\u3029\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff"
+    "\uac00-\ud7a3\uff01-\uff5e\U0001f600-\U0001f64f]"
+)
+_JAMO = re.compile("[\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff]")
+# Letters that are in one grapheme cluster with whatever follows are U+0D4E, and further ones in these blocks.
+_STICKING = re.compile("[\u0d4e\U00011000-\U00011fff]")
+_CHARACTER_BY_CHARACTER = (
+    normalizers.NFC, normalizers.NFD, normalizers.NFKC, normalizers.NFKD, normalizers.Precompiled, normalizers.Nmt,
+    normalizers.Lowercase, normalizers.StripAccents, normalizers.Strip, normalizers.Prepend,
+)  # fmt: skip
+# Patterns of normalizers that match whitespace only.
+_OF_SPACES = (" {2,}", r"\s{2,}", r"\s+", r"\n", r"[\n\r\t]", r"\s{2,}|[\n\r\t]", r"(\n){1,}")
+# Patterns that split words: of GPT-2, and with numbers of three digits (GPT-4, Llama 3) or one (Qwen).
+_AS_IN_GPT_4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_OF_WORDS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    _AS_IN_GPT_4 % "{1,3}",
+    _AS_IN_GPT_4 % "",
+)
+# Characters per wanted token from which on a text is cut. The beginning is tokenised once more to count its tokens.
+_WORTH_CUTTING = 16
+# Characters per wanted token of the beginnings that are tried.
+_SIZES = (8, 32, 128, 512)
+# Characters before the end of such a beginning in which a seam is searched.
+_SEARCHED = 512
+_LONGEST_CLUSTER = 64
+_GAPS = " \t\n\r"
+_LONG_GAP = 64
+_KEPT = 4096
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Seams:
+    """Cuts texts for one tokenizer, for which `of` says whether that is possible."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        steps, words = _flat(backend.normalizer), _flat(backend.pre_tokenizer)
+        contents = [token.content for token in backend.get_added_tokens_decoder().values()]
+        self._contents = {*contents, *map(self._normalised, contents)} - {""}
+        self._ends = {content[-1] for content in self._contents}
+        self._starts = {content[0] for content in self._contents}
+        replaced = [_pattern(step)[0] or "" for step in steps if isinstance(step, normalizers.Replace)]
+        self._avoided = set("".join(pattern for pattern in replaced if len(pattern) > 1))
+        self._is_plain = not steps
+        self._strips = any(isinstance(step, normalizers.Strip) for step in steps)
+        self._spaces_end_words = any(_splits_at_spaces(part) for part in words)
+        self._by_expression = any(isinstance(p, (pre_tokenizers.ByteLevel, pre_tokenizers.Split)) for p in words)
+        self._drops_spaces = any(isinstance(part, pre_tokenizers.WhitespaceSplit) for part in words)
+        # Where an end of a text is tokenised by itself, its first word must not get another mark of a beginning.
+        self._keeps_ends = not any(isinstance(step, normalizers.Prepend) for step in steps) and all(
+            part.prepend_scheme == "always" for part in words if isinstance(part, pre_tokenizers.Metaspace)
+        )
+        self._made: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, backend: tokenizers.Tokenizer) -> Seams | None:
+        """None if the tokenizer has a part of which it is not known what it does across a place in a text."""
+        model, words = backend.model, _flat(backend.pre_tokenizer)
+        if isinstance(model, models.BPE):
+            if model.dropout or model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix:
+                return None
+        elif not isinstance(model, models.Unigram):
+            return None
+        if not all(map(_is_local, _flat(backend.normalizer))) or not all(map(_splits_forwards, words)):
+            return None
+        if any(isinstance(part, (pre_tokenizers.Metaspace, pre_tokenizers.ByteLevel)) for part in words[:-1]):
+            return None  # the parts behind it would not see spaces
+        return cls(backend)
+
+    def beginning(self, text: str, tokens: int, shorten: bool = False) -> str:
+        """As `Cutter.text`."""
+        wanted = tokens + 1
+        if len(text) <= _WORTH_CUTTING * wanted:
+            return text
+        for size in _SIZES:
+            if size * wanted >= len(text) or _SURROGATE.search(text, 0, size * wanted):
+                return text
+            at = self._seam_before(text, size * wanted)
+            if at and self._has_final(text, at, wanted):
+                return text[:at]
+        short = self._shortened(text) if shorten else text
+        return self.beginning(short, tokens) if len(short) < len(text) else text
+
+    def ending(self, text: str, tokens: int, shorten: bool = False) -> str:
+        """As `Cutter.ending`."""
+        wanted = tokens + 1
+        if not (self._keeps_ends and self._spaces_end_words) or len(text) <= _WORTH_CUTTING * wanted:
+            return text
+        for size in _SIZES:
+            start = len(text) - size * wanted
+            if start <= 0 or _SURROGATE.search(text, start):
+                return text
+            at = next((at for at in self._spaces(text, start, start + _SEARCHED)[::-1] if self._begins(text, at)), None)
+            if at is not None and len(self._tokenised(text[at:])[0]) >= wanted:
+                return text[at:]
+        short = self._shortened(text) if shorten else text
+        return self.ending(short, tokens) if len(short) < len(text) else text
+
+    def most_tokens(self, text: str) -> int:
+        """Upper bound of a text's tokens: a token has a byte, or marks the beginning of a word, which has a byte."""
+        if _SURROGATE.search(text):
+            return len(text)  # the text is refused when it is tokenised
+        return 2 * len(self._normalised(text).encode()) + 2
+
+    # ---- seams -------------------------------------------------------------------------------------------
+
+    def _seam_before(self, text: str, end: int) -> int:
+        """A seam shortly before this place; 0 if there is none. A space is preferred, which always begins a word."""
+        start = max(end - _SEARCHED, 1)
+        if self._spaces_end_words:
+            for at in self._spaces(text, start, end):
+                if self._is_seam(text, at):
+                    return at
+        is_gap = True  # a gap in which no place is good is looked at once
+        for at in range(end, start, -1):
+            if text[at] != text[at - 1]:
+                if self._is_seam(text, at):
+                    return at
+                is_gap = True
+            elif text[at] not in _GAPS:
+                if self._is_seam(text, at):
+                    return at
+            elif is_gap:
+                if self._is_in_gap(text, at):
+                    return at
+                is_gap = False
+        return 0
+
+    def _spaces(self, text: str, start: int, end: int) -> list[int]:
+        """The places of spaces behind other characters, the last first."""
+        places = [start + match.start() for match in re.finditer(" ", text[start:end])]
+        return [at for at in reversed(places) if not text[at - 1].isspace()]
+
+    def _is_seam(self, text: str, at: int) -> bool:
+        before, behind, following = text[at - 1], text[at], text[at + 1 : at + 2] or "x"
+        if before.isspace() or {before, behind} & self._avoided:
+            return False
+        if not self._is_plain and not (_BEGINNING.match(behind) and _is_ending(before)):
+            return False
+        cluster = self._cluster(text, at)
+        first, second = self._becomes(cluster), self._becomes(behind)
+        if not cluster or not first or not second or _is_space(first[-1]):
+            return False
+        if behind != " " and any(map(_is_space, second)):
+            return False
+        if {before, first[-1]} & self._ends:
+            return False
+        is_changed = not (self._is_plain or _is_apart(following))  # by a mark
+        if is_changed and (behind == " " or any(first[-1] in content for content in self._contents)):
+            return False
+        if any(pair in content for pair in (before + behind, first[-1] + second[0]) for content in self._contents):
+            return False
+        if not self._by_expression or at < 3:
+            return True
+        # Normalisation makes one character of up to three.
+        last = self._normalised(text[max(at - 16, 0) : at])
+        return "'" not in last[-3:] and (len(last) > 3 or at <= 16)
+
+    def _cluster(self, text: str, at: int) -> str:
+        """The characters before a place that are normalised apart from those before them; "" if that is not certain."""
+        if self._is_plain:
+            return text[at - 1]
+        for start in range(at - 1, max(at - _LONGEST_CLUSTER, 0) - 1, -1):
+            if _BEGINNING.match(text[start]):
+                return text[start:at] if start == 0 or text[start - 1].isspace() or _is_ending(text[start - 1]) else ""
+        return text[:at] if at < _LONGEST_CLUSTER else ""
+
+    def _begins(self, text: str, at: int) -> bool:
+        """Whether the text from the space at this seam on has the tokens that it has within the text."""
+        behind = text[at + 1 : at + 2]
+        if " " in self._starts or not behind or behind.isspace() or not _is_apart(behind):
+            return False
+        return self._is_seam(text, at)
+
+    def _is_in_gap(self, text: str, at: int) -> bool:
+        """Whether this place, between two equal spaces, is as good as a seam.
+
+        A space is normalised by itself. The gap must not end at an added token, which may take all of its spaces, or at
+        the end of a text that is stripped of them.
+        """
+        space = text[at]
+        if space in self._avoided or any(map(_is_space, "".join(self._contents))):
+            return False
+        if self._becomes(space) not in (" ", space):
+            return False
+        end = _end_of_run(text, at)
+        if end == len(text):
+            return not self._strips
+        behind = text[end]
+        if end - at < 2 or behind == " " or not _BEGINNING.match(behind) or not (second := self._becomes(behind)):
+            return False
+        return not {behind, second[0]} & self._starts
+
+    def _becomes(self, char: str) -> str:
+        """A normalised character, or several; "" if nothing is left, or a letter before is changed."""
+        made = self._made.get(char)
+        if made is None:
+            if len(self._made) >= _KEPT:
+                self._made.clear()
+            before, _, rest = self._normalised("xx").rpartition("xx")
+            between = self._normalised(f"x{char}x")
+            fits = between.startswith(before + "x") and between.endswith("x" + rest)
+            made = between[len(before) + 1 : len(between) - 1 - len(rest)] if fits else ""
+            self._made[char] = made
+        return made
+
+    def _normalised(self, text: str) -> str:
+        normalizer = self._backend.normalizer
+        return text if normalizer is None else normalizer.normalize_str(text)
+
+    def _shortened(self, text: str) -> str:
+        """A text with the same tokens at other places: two characters of each long gap that counts as one space."""
+        return self._gaps.sub(lambda gap: gap[0][0] + gap[0][-1], text) if self._gaps else text
+
+    @cached_property
+    def _gaps(self) -> re.Pattern[str] | None:
+        """Matches long gaps that count as one space, as a normalizer joins spaces or a pre-tokenizer drops them."""
+        if any(map(_is_space, "".join(self._contents))):
+            return None
+        one = self._normalised("x x")
+        if self._drops_spaces:
+            spaces = [space for space in _GAPS if self._becomes(space).isspace()]
+        else:
+            spaces = [space for space in _GAPS if all(self._normalised(f"x{' ' * n}{space}x") == one for n in (1, 2))]
+            if any(self._normalised(f"x{first}{second}x") != one for first in spaces for second in spaces):
+                return None
+        return re.compile(f"[{''.join(spaces)}]{{{_LONG_GAP},}}") if spaces else None
+
+    # ---- final tokens ------------------------------------------------------------------------------------
+
+    def _has_final(self, text: str, at: int, wanted: int) -> bool:
+        """Whether the text up to this seam has at least so many tokens that do not depend on what follows."""
+        ids, pieces, words = self._tokenised(text[:at])
+        if len(ids) < wanted:
+            return False
+        if self._spaces_end_words and text[at] == " " != text[at - 1]:
+            return True
+        before = words.index(words[-1])  # the tokens before the last word
+        if before >= wanted:
+            return True
+        missing, model, word = wanted - before, self._backend.model, "".join(pieces[before:])
+        own = [token.id for token in model.tokenize(word)]
+        if own != ids[before:]:  # an added token, or tokens that are not the characters they stand for
+            return False
+        for end in self._ends_of_tokens(word):
+            found = own if end == len(word) else [token.id for token in model.tokenize(word[:end])]
+            # A last token of unknown characters would go on.
+            if len(found) <= missing or found[:missing] != own[:missing]:
+                return False
+        return True
+
+    def _ends_of_tokens(self, word: str) -> Iterator[int]:
+        """Each place at which a token of a longer word can end and another begin that reaches over the word's end."""
+        yield len(word)
+        for start in range(max(len(word) - self._longest + 1, 0), len(word)):
+            rest = word[start:]
+            at = bisect_right(self._vocabulary, rest)
+            if at < len(self._vocabulary) and self._vocabulary[at].startswith(rest):
+                yield start
+
+    @cached_property
+    def _vocabulary(self) -> list[str]:
+        return sorted(self._backend.get_vocab(with_added_tokens=False))
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._vocabulary))
+
+    def _tokenised(self, text: str) -> tuple[list[int], list[str], list[int | None]]:
+        """(ids, pieces, numbers of words), without special tokens, by a backend that may truncate and pad."""
+        truncation = self._backend.truncation
+        if truncation is not None and (truncation["stride"] or truncation["direction"] != "right"):
+            return [], [], []
+        encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
+        found: tuple[list[int], list[str], list[int | None]] = ([], [], [])
+        for part in (encoding, *encoding.overflowing):
+            real = sum(part.attention_mask)
+            at = slice(real) if not real or part.attention_mask[0] else slice(-real, None)
+            for whole, of_part in zip(found, (part.ids, part.tokens, part.word_ids), strict=True):
+                whole.extend(of_part[at])
+        return found
+
+
+def _flat(part: Any) -> list[Any]:
+    """The parts of a normalizer or a pre-tokenizer, in order."""
+    if part is None:
+        return []
+    if isinstance(part, (normalizers.Sequence, pre_tokenizers.Sequence)):
+        return [inner for one in part for inner in _flat(one)]
+    return [part]
+
+
+def _pattern(part: Any) -> tuple[str | None, tuple[str | None, str]]:
+    """(the text that a Replace or Split looks for, (or the regular expression, what a Replace puts there))."""
+    state = json.loads(part.__getstate__())
+    return state["pattern"].get("String"), (state["pattern"].get("Regex"), state.get("content", ""))
+
+
+def _is_local(step: Any) -> bool:
+    """Whether a normalizer's step is known not to look across a seam."""
+    if isinstance(step, normalizers.Replace):
+        of_text, (expression, _) = _pattern(step)
+        return bool(of_text) or expression in _OF_SPACES
+    return isinstance(step, _CHARACTER_BY_CHARACTER)
+
+
+def _splits_forwards(part: Any) -> bool:
+    """Whether a pre-tokenizer splits from left to right, as the module's docstring says."""
+    if isinstance(part, pre_tokenizers.Split):
+        state = json.loads(part.__getstate__())
+        return state["behavior"] == "Isolated" and not state["invert"] and _pattern(part)[1][0] in _OF_WORDS
+    return isinstance(part, (pre_tokenizers.WhitespaceSplit, pre_tokenizers.Metaspace, pre_tokenizers.ByteLevel))
+
+
+def _splits_at_spaces(part: Any) -> bool:
+    """Whether a space behind another character always begins a word."""
+    if isinstance(part, pre_tokenizers.Metaspace):
+        return part.split
+    if isinstance(part, pre_tokenizers.ByteLevel):
+        return part.use_regex
+    return True
+
+
+def _is_ending(char: str) -> bool:
+    """Whether a character ends a grapheme cluster if one of `_BEGINNING` follows, and is no whitespace."""
+    if _JAMO.match(char) or _STICKING.match(char):
+        return False
+    return unicodedata.category(char)[0] in "LNPSM" and not char.isspace()
+
+
+def _is_space(char: str) -> bool:
+    return char.isspace() or char == "\u2581"
+
+
+def _is_apart(char: str) -> bool:
+    """Whether a character is normalised apart from a space or a character of `_BEGINNING` before it."""
+    if _BEGINNING.match(char):
+        return True
+    return unicodedata.category(char)[0] in "LN" and not _JAMO.match(char) and char not in "\u0e33\u0eb3"
+
+
+def _end_of_run(text: str, at: int) -> int:
+    """Where the equal characters that begin here end."""
+    block = text[at] * 65_536
+    while text.startswith(block, at):
+        at += len(block)
+    rest = text[at : at + len(block)]
+    return at + len(rest) - len(rest.lstrip(block[0]))
