@@ -405,3 +405,18 @@ def test_texts_are_looked_at_in_chunks(monkeypatch):
             monkeypatch.setattr(kinds, "_CHUNK", size)
             assert of.beginning(text, 20, False).startswith(whole)
         monkeypatch.undo()
+
+
+def test_an_added_token_at_the_end_of_a_long_word_is_found():
+    """It holds a letter of the word, an accent that normalisation drops, and the mark behind the word."""
+    added = [AddedToken("e\u0301.", normalized=False), AddedToken(".\u0301e", normalized=False)]
+    ours, plain = (OurTokenizer(backend(added=added)) for _ in range(2))
+    for text in ("x" * 5000 + "e\u0301.", ".\u0301e" + "x" * 5000):
+        assert len(ours._cutter._kinds.shortened(text)) < 2000
+        assert ours.input_ids([text], 8) == [plain._backend.encode(text).ids]
+
+
+def test_a_lone_surrogate_within_a_long_word_is_refused():
+    """It is no letter, and so it is not left out with the middle of the word."""
+    with pytest.raises(ValueError, match=r"text 0 is not valid Unicode: lone surrogate U\+D800"):
+        OurTokenizer(backend()).input_ids(["x" * 20_000 + "\ud800" + "x" * 20_000], 8)

@@ -153,6 +153,8 @@ class Kinds:
         runs, dropped = kinds, kinds <= PARTING
         if dropped.all():
             runs = np.full_like(kinds, DROPPED)
+        elif dropped.any() and (only := self._only_run(kinds)):
+            runs = np.full_like(kinds, only)
         elif dropped.any():  # such characters are parts of the run of letters or spaces before them, if there is one
             places = np.arange(len(kinds), dtype=np.int32)
             before = kinds[np.maximum.accumulate(np.where(dropped, 0, places))]
@@ -177,3 +179,11 @@ class Kinds:
             kept[middle] = False
             kept[middle][staying] = True
         return kept
+
+    def _only_run(self, kinds: np.ndarray) -> int:
+        """LETTER or SPACE if the characters are one run of that kind, which begins with it; else 0."""
+        if kinds[0] not in (LETTER, SPACE):
+            return 0
+        others = np.bincount(kinds, minlength=OTHER + 1)
+        others[[DROPPED, PARTING, kinds[0]]] = 0
+        return 0 if others.any() else int(kinds[0])
