@@ -229,6 +229,38 @@ def test_gradients_of_frozen_parts_are_not_computed(monkeypatch):
     assert all(g.isfinite().all() for g in gradients[15:])
 
 
+@pytest.mark.parametrize("trained", [0, 1, 2])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_layers_before_the_first_gradient_are_not_gone_through(trained, name, monkeypatch):
+    """Three layers in one node, of which one product is trained: its gradient is that of all gradients."""
+    counts, call = [], cpu_layer.cpp.call
+
+    def counted(function, dtype, *arguments):
+        if function == "trained_layers_backward":
+            counts.append(arguments[1])
+        return call(function, dtype, *arguments)
+
+    monkeypatch.setattr(cpu_layer.cpp, "call", counted)
+    (x, dy), shared, options = inputs(), pass_of(), F.LayerOptions(2, fold=True)
+    layers = [[p.detach().clone() for p in layer_of().tensors()] for _ in range(3)]
+    for layer in layers:
+        for p in layer:
+            p += 0.1 * torch.randn_like(p)
+
+    def gradients(*wanted):
+        for t in wanted:
+            t.requires_grad_()
+        of = [F.LayerWeights(*layer) for layer in layers]
+        y = F.encoder_layers(x.detach(), of, shared.batch.cu_seqlens, [options] * 3)
+        return torch.autograd.grad(y, wanted, dy)
+
+    of = 10 if name == "weight" else 11  # of the first product of the feed-forward network
+    (alone,) = gradients(layers[trained][of])
+    every = gradients(*(p for layer in layers for p in layer))
+    assert counts == [3 - trained, 3]
+    assert torch.equal(alone, every[trained * 16 + of])
+
+
 def test_fewer_heads_than_the_width_holds(nodes, one_by_one):
     """With pruned heads, q, k and v are narrower than x."""
     layer, (x, dy), shared = layer_of(), inputs(), pass_of()

@@ -206,3 +206,28 @@ def test_rms_norms_second_derivative():
         found.append(torch.autograd.grad(dx.square().sum(), leaves))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- dropout alone ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "columns of a wider tensor", "transposed", "21 columns", "no rows"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_has_the_bits_of_the_specification(dtype, layout, monkeypatch):
+    """With its gradient, and the gradient of that. Other layouts are left to the specification."""
+    calls = []
+    monkeypatch.setattr(cpu_norm, "dropout", lambda *args, right=cpu_norm.dropout: (calls.append(1), right(*args))[1])
+    x = torch.randn(0 if layout == "no rows" else 33, 21 if layout == "21 columns" else 48).to(dtype)
+    x = x[:, 16:32] if layout.startswith("columns") else x.t() if layout == "transposed" else x
+    x.requires_grad_()
+    given = (0.3, torch.tensor([2**62 - 5]), 4, torch.arange(len(x)) * 7 + (3 << 32))
+    found = []
+    for function in (native.dropout, reference.dropout):
+        y = function(x, *given)
+        dy = torch.linspace(-1.0, 1.0, y.numel()).view_as(y).to(dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        (ddy,) = torch.autograd.grad(dx, dy, torch.ones_like(dx))
+        found.append((y, dx, ddy))
+    assert len(calls) == (layout == "contiguous")
+    assert all(map(torch.equal, *found))
+    assert x.numel() == 0 or 0.5 < (found[0][0] != 0).float().mean() < 0.9

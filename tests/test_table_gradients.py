@@ -237,6 +237,7 @@ def test_gradients_of_several_backward_passes_are_read():
             for part in range(step + 1):
                 batch, labels = batch_of(10 * step + part)
                 model(batch, labels=labels).loss.backward()
+                assert bool(kept._squares) == (part == 0)  # they hold memory, which later gradients do not need
             expected = torch.stack([p.grad.double().norm() for p in model.parameters()]).norm().item()
             assert optimizer.clip(1.0) == pytest.approx(expected, rel=1e-6)
             optimizer.zero_grad()

@@ -257,6 +257,17 @@ def test_wrong_sizes_are_refused():
     assert count == 0
 
 
+@pytest.mark.cpp
+def test_a_step_reads_the_gradients_that_it_gets():
+    """Not those that were checked before."""
+    p, count = torch.ones(3), torch.zeros(())
+    by = one_pass.numbers(1, 1.0, (0.9, 0.999), 1e-8, 0.0, 1.0, one_pass.NOTHING_KEPT)
+    update = one_pass.Update([p], [torch.zeros(3)], [torch.zeros(3)], [count], [None], [0], [None])
+    assert update.takes([torch.full((3,), 5.0)])
+    update.step([torch.full((3,), -5.0)], [None], [by])
+    torch.testing.assert_close(p, torch.full((3,), 2.0))
+
+
 @pytest.mark.once
 def test_a_step_by_torch_changes_version_counters():
     """torch's fused step does not increase version counters, so layers that keep integers of their weights used those

@@ -1,5 +1,6 @@
 """The loop: the same gradients however a step is split, and no incomplete checkpoint."""
 
+import contextlib
 import errno
 import json
 import math
@@ -20,6 +21,7 @@ from fastbert.training.metrics import Scores
 from fastbert.training.optimizer import GroupedAdamW, depth_of, freeze, groups_of
 from fastbert.training.plan import Plan, dropout_seed, rate
 from fastbert.training.predicting import pack
+from fastbert.training.run import Run
 from training_models import KINDS, gradients, losses, model_of, run_of, task_of, weights
 from two_processes import run_in_two
 
@@ -97,6 +99,49 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(kind, tmp_path):
                 continue
             error, allowed = ((g[name] - truth).norm() for g in (parts, whole))
             assert error <= 2 * allowed + 1e-6 * truth.norm() + 1e-9, name
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("ends", ["at its end", "in an error"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_deferred_decay_changes_no_bit(kind, ends, tmp_path, monkeypatch):
+    """Neither of a loss nor of the weights that an evaluation, a checkpoint or the caller sees."""
+    found, deferred = [], []
+    for defers in (True, False):
+        monkeypatch.setattr(Run, "DEFERS", defers)
+        seen, saved = [], Run._save
+        monkeypatch.setattr(Run, "_save", lambda run, seen=seen, saved=saved: (seen.append(weights(run)), saved(run)))
+        run = run_of(
+            tmp_path / str(defers), kind, evaluated=True, dropout=0.0, step_tokens=24, weight_decay=0.5, lr=1e-2,
+            evaluations=2, save_every=4, keep=1,
+        )  # fmt: skip
+        evaluate, record = run.evaluate, run._record
+
+        def evaluated(model, run=run, seen=seen, evaluate=evaluate):
+            seen.append(weights(run))
+            return evaluate(model)
+
+        def recorded(values, run=run, record=record):
+            record(values)
+            if run.optimizer._plan.late is not None:
+                deferred.append(int(run.optimizer._plan.late.max()))
+            if ends == "in an error" and values["step"] == 6:
+                raise Stopped
+
+        run.evaluate, run._record = evaluated, recorded
+        with contextlib.suppress(Stopped):
+            run.train()
+        found.append((losses(run.out), [*seen, weights(run)]))
+    assert max(deferred) > 2
+    (of_ours, ours), (of_plain, plain) = found
+    assert of_ours == of_plain
+    assert len(ours) == len(plain) >= 2
+    for a, b in zip(ours, plain, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_each_epoch_has_other_dropout_masks(tmp_path):
