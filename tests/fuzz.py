@@ -45,12 +45,17 @@ def lengths_of(rng: random.Random) -> list[int]:
 
 def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """(operator, its arguments in float32)."""
-    op = rng.choice([*(INPUTS | INFERENCE)])
+    op = rng.choice([*(INPUTS | INFERENCE), "dropout"])
     heads = rng.choice((1, 2, 3, 4))
     head_dim = rng.choice((16, 16, 32, 32, 48, 64, 8, 10, 33))
     hidden = heads * head_dim
     shape = ModelShape(hidden, heads, rng.choice((32, 64, 96, 4, 50, hidden)), 1, vocab=rng.choice((2, 31, 64, 300)))
     lengths, options = lengths_of(rng), {}
+    if op == "dropout":
+        x = torch.randn(sum(lengths), hidden, dtype=torch.float32, device="cpu")
+        rows = torch.arange(len(x), dtype=rng.choice((torch.int32, torch.int64)), device="cpu") * rng.choice((1, 3))
+        seed = torch.tensor([rng.randrange(2**62)], dtype=torch.int64, device="cpu")
+        return op, {"x": x, "dropout_p": rng.choice((0.0, 0.1, 0.5)), "seed": seed, "stream": 3, "row_ids": rows}
     if op == "int8_linear":
         x = torch.randn(sum(lengths), hidden, dtype=torch.float32, device="cpu")
         weight = torch.randn(shape.intermediate, hidden, dtype=torch.float32, device="cpu")

@@ -72,7 +72,8 @@ def test_every_function_of_the_library_is_reached(monkeypatch):
     calls = Calls(cpp.load()[0])
     monkeypatch.setattr(cpp, "load", lambda *_: (calls, None))
     header = Path(cpp.__file__).with_name(library.HEADER).read_text()
-    missing = set(library.signatures(header))
+    python = "".join(path.read_text() for path in Path(cpp.__file__).parent.glob("*.py"))
+    missing = {name for name in library.signatures(header) if f'"{name}"' in python}  # C++ calls others
     for number in range(1000):
         fuzz.run_case(number)
         missing -= calls.names
