@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from pathlib import Path
 
 # Parameters of glibc's mallopt(3), their numbers in malloc.h, and their values: no mmap, never trim, grow by 64 MB.
 SETTINGS = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 64 << 20)}
@@ -38,8 +39,9 @@ def keep_freed_memory() -> bool:
 
 
 def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
-    """Lets the heap grow, and asks for large pages for what it grew by. With the settings above it never shrinks."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+    """Lets the heap grow, and asks for large pages for what it grew by. With the settings above it never shrinks. Not
+    where the kernel counts memory that nothing was written to (vm.overcommit_memory = 2)."""
+    if not hasattr(mmap, "MADV_HUGEPAGE") or _counts_unwritten():
         return
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
@@ -51,3 +53,10 @@ def _ask_for_large_pages(libc: ctypes.CDLL) -> None:
             libc.madvise(first, (begin + size - first) // page * page, mmap.MADV_HUGEPAGE)
             libc.free(begin)
             return
+
+
+def _counts_unwritten() -> bool:
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return True
