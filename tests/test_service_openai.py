@@ -79,6 +79,61 @@ def test_ids_are_cut_and_get_prompts_as_texts_do(client, encoder):
     assert close([found["data"][0]["embedding"]], encoder.encode(["a"], prompt_name="document"))
 
 
+def test_numbers_of_voyages_and_jinas_clients(client, encoder):
+    """Voyage's client asks for base64 of another type and reads the bytes as numbers of this type; LightRAG's class for
+    Jina cannot read anything but base64. Both fields were taken without effect, so that the first read the bytes of
+    float32 as int8."""
+    wanted = encoder.encode(TEXTS).numpy()
+    rounded = np.clip(np.rint(wanted * 127), -128, 127).astype(np.int8)
+    bits = np.packbits(wanted > 0, axis=1)
+    for name, rows, kind in (
+        ("float", wanted, "<f4"), ("int8", rounded, "i1"), ("uint8", rounded.astype(int) + 128, "u1"),
+        ("binary", bits.astype(int) - 128, "i1"), ("ubinary", bits, "u1"),
+    ):  # fmt: skip
+        for field in ("output_dtype", "embedding_type"):
+            found = client.post("/v1/embeddings", {"input": TEXTS, field: name}).json()["data"]
+            assert close([item["embedding"] for item in found], rows)
+        packed = client.post("/v1/embeddings", {"input": TEXTS, "output_dtype": name, "encoding_format": "base64"})
+        assert close([np.frombuffer(base64.b64decode(x["embedding"]), kind) for x in packed.json()["data"]], rows)
+    packed = client.post("/v1/embeddings", {"input": [{"text": text} for text in TEXTS], "embedding_type": "base64"})
+    assert close([np.frombuffer(base64.b64decode(x["embedding"]), "<f4") for x in packed.json()["data"]], wanted)
+
+
+def test_what_a_text_is_for_chooses_the_models_prompt(client, encoder):
+    def vector(**more):
+        return client.post("/v1/embeddings", {"input": "a b", **more}).json()["data"][0]["embedding"]
+
+    plain, query = encoder.encode(["a b"])[0], encoder.encode_query(["a b"])[0]
+    document = encoder.encode(["a b"], prompt_name="document")[0]
+    for field, words, wanted in (
+        ("input_type", ("query", "search_query"), query), ("input_type", ("passage", "search_document"), document),
+        ("task", ("retrieval.query",), query), ("task", ("retrieval.passage",), document),
+        ("input_type", (None, "classification"), plain), ("task", ("text-matching",), plain),
+    ):  # fmt: skip
+        for word in words:
+            assert close(vector(**{field: word}), wanted), word
+    assert close(vector(input_type="document", prompt_name="query"), query)
+
+
+def test_cutting_and_length_by_the_fields_of_other_servers(client, encoder):
+    long = "a b " * 40 + "c d"
+    for more in ({"truncation": False}, {"truncate": "NONE"}):
+        assert client.post("/v1/embeddings", {"input": long, **more}).status == 413
+    for more, side in (
+        ({"truncation": True}, "right"), ({"truncate": "END"}, "right"), ({"truncate": "START"}, "left"),
+        ({"truncation_direction": "Left"}, "left"),
+    ):  # fmt: skip
+        found = client.post("/v1/embeddings", {"input": long, **more})
+        assert found.headers["x-truncated-texts"] == "1"
+        wanted = client.post("/embed", {"inputs": long, "truncation_direction": side}).json()
+        assert close([found.json()["data"][0]["embedding"]], wanted)
+    wanted = client.post("/embed", {"inputs": "a b", "normalize": False}).json()
+    assert np.linalg.norm(wanted) > 1.1
+    for name in ("normalize", "normalized"):
+        found = client.post("/v1/embeddings", {"input": "a b", name: False}).json()
+        assert close([found["data"][0]["embedding"]], wanted)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
@@ -87,6 +142,10 @@ def test_ids_are_cut_and_get_prompts_as_texts_do(client, encoder):
         ({"input": "a", "encoding_format": "int8"}, 400, "encoding_format"),
         ({"input": "a", "encoding_format": 7}, 400, "encoding_format"), ({"input": "a", "model": 7}, 400, "model"),
         ({"input": "a", "modality": "image"}, 400, "modality"),
+        ({"input": "a", "output_dtype": "int4"}, 400, "output_dtype"),
+        ({"input": "a", "embedding_type": "multivector"}, 400, "embedding_type"),
+        ({"input": "a", "late_chunking": True}, 400, "late_chunking"),
+        ({"input": [{"image": "a"}]}, 400, "input"), ({"input": "a", "truncate": "middle"}, 400, "truncate"),
         ({"input": "a", "prompt_name": "x"}, 400, "prompt_name"),
         ({"input": "a", "model": "ranks"}, 400, "model"),
     ],

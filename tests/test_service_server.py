@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -54,14 +55,18 @@ def test_it_is_ready_once_a_first_batch_has_run(served):
 
 
 def test_metrics_have_the_names_of_tei(served):
-    client = served("texts")
+    client = served("texts", "ranks")
     client.post("/embed", {"inputs": ["a", "b"]})
     client.post("/embed", {})
+    client.post("/rerank", {"query": "q", "texts": ["a", "b", "c"]})
     text = client.get("/metrics").content.decode()
     assert 'te_request_count{method="embed"} 2.0' in text
     assert 'te_request_success{method="embed"} 1.0' in text
     assert 'te_request_failure{err="invalid"} 1.0' in text
-    assert "te_request_inference_duration_count 1.0" in text
+    assert "te_request_inference_duration_count 2.0" in text
+    for name, texts in (("embed", "2.0"), ("predict", "3.0")):  # texts and pairs, not requests
+        assert f"te_{name}_count {texts}" in text
+        assert f"te_{name}_success {texts}" in text
     assert "te_queue_size 0.0" in text
     assert "te_batch_next_tokens_bucket" in text
 
@@ -86,6 +91,17 @@ def test_limits(served):
     client.service.open = 0
     assert (reply.status, reply.headers["retry-after"]) == (429, "1")
     assert of_openai["type"] == "rate_limit_error"
+
+
+def test_a_compressed_body_is_refused_by_name(served):
+    """The error said that the body is no JSON because of surrogates."""
+    client, body = served("texts"), b'{"inputs": "a"}'
+    for coding in ("gzip", "deflate", "br", "zstd"):
+        reply = client.post("/embed", zlib.compress(body), {"content-encoding": coding})
+        assert reply.status == 415
+        assert reply.headers["accept-encoding"] == "identity"
+        assert "Content-Encoding" in reply.json()["error"]
+    assert client.post("/embed", body, {"content-encoding": "identity"}).status == 200
 
 
 def test_only_a_long_unread_body_closes_the_connection(served):

@@ -29,6 +29,7 @@ requests use in "model". The first MODEL answers requests without a name. The de
   OpenAI's clients           POST /v1/embeddings, GET /v1/models; base_url is http://HOST:PORT/v1
   text-embeddings-inference  POST /embed /embed_all /predict /rerank /similarity /tokenize /decode, GET /info
   Cohere's, Jina's           POST /v1/rerank /v2/rerank /v1/embed /v2/embed
+  Ollama's                   POST /api/embed /api/embeddings /api/show, GET /api/tags /api/ps /api/version
   the hub's InferenceClient  POST / and /models/NAME
   entities, answers, masks   POST /token_classify /question_answer /fill_mask
   SageMaker                  POST /invocations, GET /ping

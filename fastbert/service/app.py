@@ -18,8 +18,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from .engine import log_failure
-from .errors import ServiceError, cohere_form, openai_form, tei_form
-from .faces import cohere, openai, own, tei
+from .errors import ServiceError, cohere_form, ollama_form, openai_form, tei_form
+from .faces import cohere, ollama, openai, own, tei
 from .metrics import CONTENT_TYPE
 from .openapi import description
 from .service import Call, Gone, Service
@@ -70,6 +70,11 @@ WAYS = (
     Way("rerank", cohere.rerank, cohere_form, ("/v1/rerank", "/v2/rerank")),
     Way("embed", cohere.embed_v1, cohere_form, ("/v1/embed",)),
     Way("embed", cohere.embed_v2, cohere_form, ("/v2/embed",)),
+    Way("embed", ollama.embed, ollama_form, ("/api/embed",)),
+    Way("embed", ollama.embeddings, ollama_form, ("/api/embeddings",)),
+    Way("models", ollama.tags, ollama_form, ("/api/tags", "/api/ps"), "GET"),
+    Way("models", ollama.show, ollama_form, ("/api/show",)),
+    Way("models", ollama.version, ollama_form, ("/api/version",), "GET"),
     Way("token_classify", own.token_classify, tei_form, ("/token_classify",)),
     Way("question_answer", own.question_answer, tei_form, ("/question_answer",)),
     Way("fill_mask", own.fill_mask, tei_form, ("/fill_mask",)),

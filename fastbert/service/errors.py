@@ -12,6 +12,7 @@ KINDS: dict[str, tuple[int, int, str]] = {
     "too_large": (413, 413, "Validation"),
     "tokenizer": (400, 422, "Tokenizer"),
     "unable": (400, 424, "Backend"),  # the model has no such head
+    "encoded": (415, 415, "Validation"),  # compressed
     "unauthorized": (401, 401, "Unauthorized"),
     "no_model": (404, 404, "Validation"),
     "no_path": (404, 404, "Validation"),
@@ -52,9 +53,11 @@ class ServiceError(Exception):
         self.retry_after = None if retry_after is None else min(max(math.ceil(retry_after), 1), LONGEST_WAIT)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Retry-After in whole seconds, and how to authenticate."""
+        """Retry-After in whole seconds, how to authenticate, and which encoding of bodies is read."""
         if self.kind == "unauthorized":
             return [(b"www-authenticate", b"Bearer")]
+        if self.kind == "encoded":
+            return [(b"accept-encoding", b"identity")]
         return [] if self.retry_after is None else [(b"retry-after", b"%d" % self.retry_after)]
 
 
@@ -69,6 +72,11 @@ def tei_form(error: ServiceError) -> tuple[int, dict]:
     """text-embeddings-inference's form: an object with error and error_type."""
     _, status, error_type = KINDS[error.kind]
     return status, {"error": error.message, "error_type": error_type}
+
+
+def ollama_form(error: ServiceError) -> tuple[int, dict]:
+    """Ollama's form: an object with error."""
+    return KINDS[error.kind][0], {"error": error.message}
 
 
 def cohere_form(error: ServiceError) -> tuple[int, dict]:

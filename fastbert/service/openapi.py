@@ -15,6 +15,7 @@ TEXTS_OR_IDS = {"anyOf": [*TEXTS["anyOf"], IDS, {"type": "array", "items": IDS, 
 SIDE = {"enum": ["Right", "Left", "right", "left", None]}
 PARAMETERS = {"type": ["object", "null"]}
 CUT = {"truncate": FLAG, "truncation_direction": SIDE}
+NUMBERS = ["float", "int8", "uint8", "binary", "ubinary"]
 DOCUMENT = {"anyOf": [TEXT, {"type": "object", "properties": {"text": TEXT}, "required": ["text"]}]}
 DOCUMENTS = {"type": "array", "items": DOCUMENT}
 RERANK = {
@@ -33,15 +34,20 @@ PAIR = {"type": "array", "items": TEXT, "minItems": 2, "maxItems": 2}
 QUESTION = {
     "type": "object", "properties": {"question": TEXT, "context": TEXT}, "required": ["question", "context"],
 }  # fmt: skip
-EMBED_TYPES = {"enum": ["float", "int8", "uint8", "binary", "ubinary", "base64"]}
+EMBED_TYPES = {"enum": [*NUMBERS, "base64"]}
 
 # address -> (fields, required fields)
 BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "/v1/embeddings": (
         {"input": TEXTS_OR_IDS, "model": NAME, "encoding_format": {"enum": ["float", "base64", None]},
-         "dimensions": COUNT, "user": TEXT, "prompt_name": {"type": ["string", "null"]}, "truncate": FLAG},
+         "dimensions": COUNT, "user": TEXT, "prompt_name": {"type": ["string", "null"]}, **CUT, "normalize": FLAG,
+         "output_dtype": {"enum": [*NUMBERS, None]}, "embedding_type": {"enum": [*NUMBERS, "base64", None]},
+         "input_type": {"type": ["string", "null"]}, "task": {"type": ["string", "null"]}},
         ("input",),
     ),
+    "/api/embed": ({"input": TEXTS, "model": NAME, "truncate": FLAG, "dimensions": COUNT}, ("input",)),
+    "/api/embeddings": ({"prompt": TEXT, "model": NAME}, ("prompt",)),
+    "/api/show": ({"model": NAME}, ()),
     "/embed": (
         {"inputs": TEXTS_OR_IDS, "model": NAME, "normalize": FLAG, "dimensions": COUNT,
          "prompt_name": {"type": ["string", "null"]}, **CUT},
@@ -95,6 +101,7 @@ _SAME = {
     "/models/{name}": "/",
 }
 _ERRORS = {"400": "what was sent is wrong", "401": "no key", "404": "no such model", "413": "too much was sent",
+           "415": "what was sent is compressed",
            "422": "what was sent is wrong", "424": "the model has no such head", "429": "overloaded; see Retry-After",
            "503": "not ready", "504": "too late"}  # fmt: skip
 

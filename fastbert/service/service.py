@@ -30,6 +30,11 @@ GRACE = 1.0  # seconds for the rest of a body when the server is stopping: its r
 SHORT_REST = 65_536  # most unread bytes of a body with which a connection is kept after the answer
 
 
+# function -> the first part of text-embeddings-inference's names for its counts of texts
+TEXT_COUNTS = {"embed": "te_embed", "embed_all": "te_embed", "similarity": "te_embed", "predict": "te_predict",
+               "rerank": "te_predict"}  # fmt: skip
+
+
 class Gone(Exception):
     """The client closed its connection before the answer."""
 
@@ -63,8 +68,12 @@ class Call:
         return b"transfer-encoding" in self.headers or not length.isdigit() or int(length) > SHORT_REST
 
     async def read(self, most: int) -> None:
-        """Reads the body. Raises ServiceError if it has more than `most` bytes or is no JSON object; Gone."""
+        """Reads the body. Raises ServiceError if it is compressed, has more than `most` bytes or is no JSON
+        object; Gone."""
         too_large = ServiceError("too_large", f"the request's body is larger than {most:,} bytes (--payload-limit)")
+        coding = self.headers.get(b"content-encoding", b"identity").strip().lower()
+        if coding not in (b"", b"identity"):
+            raise ServiceError("encoded", "the request's body is compressed: send it without Content-Encoding")
         length = self.headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > most:
             raise too_large
@@ -230,6 +239,9 @@ class Service:
         loop, timeout = asyncio.get_running_loop(), self.timeout_of(call)
         job = Job(self.queues[model.name], prepare, announced(texts, None if in_windows else model.texts.limit))
         self.engine.submit(job)
+        counted = TEXT_COUNTS.get(call.name)
+        if counted is not None:
+            self.metrics.count(f"{counted}_count", len(texts))
         late = ServiceError("late", f"there was no answer within {timeout:g} seconds")
         timer = loop.call_later(timeout - (time.perf_counter() - call.began), _fail, job, late)
         watch = loop.create_task(_watch(call, job))
@@ -241,6 +253,8 @@ class Service:
         finally:
             timer.cancel()
             watch.cancel()
+        if counted is not None:
+            self.metrics.count(f"{counted}_success", len(texts))
         self._note(call, job, texts)
         return answer
 

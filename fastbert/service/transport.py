@@ -79,15 +79,66 @@ class Leftover(asyncio.Protocol):
         self._before.connection_lost(error)
 
 
-def protocol() -> type:
-    """uvicorn's HTTP protocol (httptools' if that is installed) on a OneWrite transport."""
-    if importlib.util.find_spec("httptools") is not None:
-        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol as Base
+def protocol(kind: str | None = None) -> type:
+    """uvicorn's HTTP protocol on a OneWrite transport. kind: "httptools" or "h11"; None for httptools if installed."""
+    if kind is None:
+        kind = "h11" if importlib.util.find_spec("httptools") is None else "httptools"
+    if kind == "httptools":
+        Base = _of_httptools()
     else:
         from uvicorn.protocols.http.h11_impl import H11Protocol as Base
 
     class Protocol(Base):
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(OneWrite(transport, self.loop, self))
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """An offer of another protocol is ignored, without two lines in the log each time."""
+
+    return Protocol
+
+
+def _of_httptools() -> type:
+    """uvicorn's protocol with httptools, which also answers requests that offer another protocol.
+
+    Java's HttpClient, which the libraries of Java for embeddings use, offers HTTP/2 with its requests. httptools stops
+    before the body of such a request, and uvicorn loses the body. So another parser gets the same head without the
+    offer, and what follows.
+    """
+    import httptools
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Protocol(HttpToolsProtocol):
+        def data_received(self, data: bytes) -> None:
+            try:
+                self._unset_keepalive_if_required()
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as stopped:
+                if self._has_offer():
+                    self._parse_again(data[stopped.args[0] :])
+            except httptools.HttpParserError:
+                message = "Invalid HTTP request received."
+                self.logger.warning(message)
+                self.send_400_response(message)
+
+        def _has_offer(self) -> bool:
+            return self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
+
+        def on_headers_complete(self) -> None:
+            if not self._has_offer():
+                super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            if not self._has_offer():
+                super().on_message_complete()
+
+        def _parse_again(self, rest: bytes) -> None:
+            kept = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+            version = self.parser.get_http_version().encode()
+            head = b"%b %b HTTP/%b\r\n%b\r\n" % (self.parser.get_method(), self.url, version, b"".join(kept))
+            self.parser = httptools.HttpRequestParser(self)
+            with contextlib.suppress(AttributeError):  # httptools before 0.6.3
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            self.data_received(head + rest)
 
     return Protocol

@@ -9,18 +9,15 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-import numpy as np
-
 from ..errors import ServiceError
 from ..models import Served
 from ..service import Call, Service
 from ..work.vectors import Vectors
 from . import fields
-from .openai import encoded
+from .numbers import TYPES, encoded
 from .tei import scored
 
-# input_type -> names of prompts; the first one that the model has is put before the texts
-INPUT_TYPES = {"search_query": ("query",), "search_document": ("document", "passage", "corpus")}
+_TYPES = TYPES | {"base64": encoded}
 
 
 async def rerank(service: Service, call: Call) -> dict[str, Any]:
@@ -61,22 +58,19 @@ async def embed_v2(service: Service, call: Call) -> dict[str, Any]:
     vectors: Vectors = model.abilities["vectors"]
     dimensions = fields.count(body, "output_dimension")
     vectors.expect_choice(None, dimensions)
-    names = INPUT_TYPES.get(fields.take(body, "input_type", str, ""), ())
-    prompt = vectors.prompt(next((name for name in names if vectors.prompts.get(name)), None))
-    side = {"start": "left", "end": "right", "none": None, None: None}
-    cut = fields.choice(body, "truncate", ("none", "start", "end"))
-    truncate = service.settings.auto_truncate if cut is None else cut != "none"
+    prompt = vectors.prompt_for(fields.take(body, "input_type", str))
+    cut = fields.cutting(body, service.settings.auto_truncate)
     types = fields.take(body, "embedding_types", list) or ["float"]
     for name in types:
-        if not isinstance(name, str) or name not in TYPES:
-            raise ServiceError("invalid", f"embedding_types must be of {', '.join(TYPES)}", param="embedding_types")
+        if not isinstance(name, str) or name not in _TYPES:
+            raise ServiceError("invalid", f"embedding_types must be of {', '.join(_TYPES)}", param="embedding_types")
     found = await service.run(
         call, model, texts,
-        lambda: vectors.prepare(texts, prompt=prompt, truncate=truncate, side=side[cut], dimensions=dimensions),
+        lambda: vectors.prepare(texts, prompt=prompt, dimensions=dimensions, **cut),
     )  # fmt: skip
     return {
         "id": str(uuid.uuid4()), "response_type": "embeddings_by_type",
-        "embeddings": {name: TYPES[name](found) for name in types}, "texts": texts,
+        "embeddings": {name: _TYPES[name](found) for name in types}, "texts": texts,
         "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": call.tokens}},
     }  # fmt: skip
 
@@ -95,20 +89,3 @@ def _texts_of(body: dict[str, Any]) -> list[str]:
             raise ServiceError("invalid", "inputs must have a content of texts alone, no images", param="inputs")
         texts.append("\n".join(found))
     return fields.texts(texts, "inputs")
-
-
-def _int8(vectors: np.ndarray) -> np.ndarray:
-    """The numbers of vectors of length 1, times 127, rounded."""
-    return np.clip(np.rint(vectors * 127), -128, 127).astype(np.int8)
-
-
-# The forms of vectors by name. A bit is 1 if the number is above 0; eight bits make a byte, the first one the highest.
-# In the signed form each byte is 128 less.
-TYPES = {
-    "float": lambda vectors: vectors,
-    "int8": _int8,
-    "uint8": lambda vectors: (_int8(vectors).astype(np.int16) + 128).astype(np.uint8),
-    "binary": lambda vectors: (np.packbits(vectors > 0, axis=1).astype(np.int16) - 128).astype(np.int8),
-    "ubinary": lambda vectors: np.packbits(vectors > 0, axis=1),
-    "base64": encoded,
-}

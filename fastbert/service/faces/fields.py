@@ -52,6 +52,16 @@ def choice(body: Mapping[str, Any], name: str, among: Sequence[str]) -> str | No
     return value.lower()
 
 
+def cutting(body: Mapping[str, Any], default: bool) -> dict[str, Any]:
+    """How long texts are cut, as `prepare` of the work takes it: `truncate` as true or false, or as START, END or NONE;
+    Voyage's `truncation`; `truncation_direction`. default: whether they are cut if the request does not say."""
+    side = choice(body, "truncation_direction", ("right", "left"))
+    if not isinstance(body.get("truncate"), str):
+        return {"truncate": take(body, "truncate", bool, take(body, "truncation", bool, default)), "side": side}
+    word = choice(body, "truncate", ("none", "start", "end"))
+    return {"truncate": word != "none", "side": side or {"start": "left", "end": "right"}.get(word)}
+
+
 def texts(value: Any, name: str) -> list[str]:
     """A text, or a list of texts, as a list. Raises ServiceError for anything else, and for an empty list."""
     if isinstance(value, str):
@@ -66,8 +76,11 @@ def texts(value: Any, name: str) -> list[str]:
 
 
 def texts_or_ids(value: Any, name: str) -> list[str] | list[list[int]]:
-    """A text, a list of texts, a list of ids, or several lists of ids, as a list of texts or of lists of ids."""
+    """A text, texts, a list of ids, or several lists of ids, as a list of texts or of lists of ids. Texts may be
+    objects with a `text`, as in Jina's API."""
     if isinstance(value, list) and value:
+        if all(isinstance(item, dict) for item in value):
+            return documents(value, name)
         if all(type(item) is int for item in value):
             return [value]
         if all(isinstance(item, list) and item and all(type(i) is int for i in item) for item in value):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
-
-import numpy as np
 
 from ..errors import ServiceError
 from ..models import Served
 from ..service import Call, Service
 from ..work.vectors import Vectors
 from . import fields
+from .numbers import TYPES, encoded
 
 ENCODINGS = ("float", "base64")
 
@@ -20,25 +18,31 @@ async def embeddings(service: Service, call: Call) -> dict[str, Any]:
     """Vectors of texts, or of token ids of the model's vocabulary, in input order.
 
     `dimensions` keeps that many numbers of each vector and restores its length; 0 and null keep all. Beyond OpenAI's
-    fields: `prompt_name`, one of the model's prompts, and `truncate`; false refuses texts that would be cut.
+    fields: `prompt_name`, one of the model's prompts; `truncate`, where false refuses texts that would be cut;
+    `normalize`. Of Voyage and Jina: `output_dtype` or `embedding_type`, such as "int8" or "binary"; `input_type` or
+    `task`, which choose the model's prompt for queries or documents; `truncation`, `normalized`.
     """
     body = call.body
-    encoding = body.get("encoding_format") or "float"
-    if encoding not in ENCODINGS:
-        raise ServiceError("invalid", f"encoding_format must be {' or '.join(ENCODINGS)}", param="encoding_format")
+    encoding, numbers = _form(body)
     if fields.take(body, "modality", str, "text") != "text":
         raise ServiceError("invalid", "modality must be text", param="modality")
+    if body.get("late_chunking"):
+        raise ServiceError("invalid", "late_chunking is not computed here", param="late_chunking")
     given = fields.texts_or_ids(body.get("input"), "input")
     model = service.models.with_ability("vectors", fields.take(body, "model", str))
     vectors: Vectors = model.abilities["vectors"]
     dimensions = fields.count(body, "dimensions", "output_dimension")
-    vectors.expect_choice(None, dimensions)
-    prompt = vectors.prompt(fields.take(body, "prompt_name", str))
-    truncate = fields.take(body, "truncate", bool, service.settings.auto_truncate)
+    normalize = fields.take(body, "normalize", bool, fields.take(body, "normalized", bool))
+    vectors.expect_choice(normalize, dimensions)
+    role = fields.take(body, "input_type", str, fields.take(body, "task", str))
+    name = fields.take(body, "prompt_name", str)
+    prompt = vectors.prompt_for(role) if name is None else vectors.prompt(name)
+    cut = fields.cutting(body, service.settings.auto_truncate)
     found = await service.run(
         call, model, given,
-        lambda: vectors.prepare(given, prompt=prompt, truncate=truncate, dimensions=dimensions),
+        lambda: vectors.prepare(given, prompt=prompt, normalize=normalize, dimensions=dimensions, **cut),
     )  # fmt: skip
+    found = TYPES[numbers](found)
     made = encoded(found) if encoding == "base64" else found
     return {
         "object": "list",
@@ -48,9 +52,15 @@ async def embeddings(service: Service, call: Call) -> dict[str, Any]:
     }
 
 
-def encoded(vectors: np.ndarray) -> list[str]:
-    """Little-endian float32 of each row, in base64."""
-    return [base64.b64encode(row.astype("<f4", copy=False).tobytes()).decode() for row in vectors]
+def _form(body: dict[str, Any]) -> tuple[str, str]:
+    """(one of ENCODINGS, one of TYPES). Jina's field names either of them."""
+    encoding = body.get("encoding_format") or "float"
+    if encoding not in ENCODINGS:
+        raise ServiceError("invalid", f"encoding_format must be {' or '.join(ENCODINGS)}", param="encoding_format")
+    numbers = fields.choice(body, "embedding_type", (*TYPES, "base64"))
+    if numbers == "base64":
+        encoding, numbers = numbers, None
+    return encoding, numbers or fields.choice(body, "output_dtype", tuple(TYPES)) or "float"
 
 
 async def models(service: Service, call: Call) -> dict[str, Any]:

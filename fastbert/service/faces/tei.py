@@ -15,14 +15,6 @@ from ..work.vectors import Vectors, normalised
 from . import fields
 
 
-def cutting(service: Service, body: dict[str, Any]) -> dict[str, Any]:
-    """How long texts are cut, as `prepare` of the work takes it."""
-    return {
-        "truncate": fields.take(body, "truncate", bool, service.settings.auto_truncate),
-        "side": fields.choice(body, "truncation_direction", ("right", "left")),
-    }
-
-
 async def vectors_of(
     service: Service, call: Call, given: Sequence[Any], body: dict[str, Any], *, normalize: bool | None
 ) -> np.ndarray:
@@ -32,7 +24,10 @@ async def vectors_of(
     normalize = fields.take(body, "normalize", bool, normalize)
     dimensions = fields.count(body, "dimensions")
     vectors.expect_choice(normalize, dimensions)
-    prompt, cut = vectors.prompt(fields.take(body, "prompt_name", str)), cutting(service, body)
+    prompt, cut = (
+        vectors.prompt(fields.take(body, "prompt_name", str)),
+        fields.cutting(body, service.settings.auto_truncate),
+    )
     return await service.run(
         call, model, given,
         lambda: vectors.prepare(given, prompt=prompt, normalize=normalize, dimensions=dimensions, **cut),
@@ -50,7 +45,10 @@ async def embed_all(service: Service, call: Call) -> list[np.ndarray]:
     given = fields.texts_or_ids(call.body.get("inputs"), "inputs")
     model = service.models.with_ability("vectors", fields.take(call.body, "model", str))
     vectors: Vectors = model.abilities["vectors"]
-    prompt, cut = vectors.prompt(fields.take(call.body, "prompt_name", str)), cutting(service, call.body)
+    prompt, cut = (
+        vectors.prompt(fields.take(call.body, "prompt_name", str)),
+        fields.cutting(call.body, service.settings.auto_truncate),
+    )
     return await service.run(call, model, given, lambda: vectors.prepare_states(given, prompt=prompt, **cut))
 
 
@@ -87,7 +85,7 @@ async def labelled(
     """Of each text or pair its labels and scores, the likeliest first."""
     model = service.models.with_ability("labels", fields.take(body, "model", str))
     labels: Labels = model.abilities["labels"]
-    raw, cut = fields.take(body, "raw_scores", bool, False), cutting(service, body)
+    raw, cut = fields.take(body, "raw_scores", bool, False), fields.cutting(body, service.settings.auto_truncate)
     logits = await service.run(call, model, given, lambda: labels.prepare(given, **cut))
     made = []
     for row in labels.scores(logits, raw, function):
@@ -102,7 +100,7 @@ async def scored(
     """(the reranker, (number of a text, its score) with the best first). most: tokens of a text at most."""
     model = service.models.with_ability("scores", fields.take(body, "model", str))
     labels: Labels = model.abilities["scores"]
-    raw, cut = fields.take(body, "raw_scores", bool, False), cutting(service, body)
+    raw, cut = fields.take(body, "raw_scores", bool, False), fields.cutting(body, service.settings.auto_truncate)
     if not texts:
         return model, []
     pairs = [(query, text) for text in texts]

@@ -14,6 +14,12 @@ from .texts import Texts
 
 # Numbers of tokens' vectors in one answer: as JSON they are about 350 MB, which are in memory as a whole.
 MOST_NUMBERS = 2**24
+# What a text is for, in clients' words -> names of prompts; the first one that the model has is put before the text.
+_QUERY, _DOCUMENT = ("query",), ("document", "passage", "corpus")
+ROLES = {
+    "query": _QUERY, "search_query": _QUERY, "retrieval.query": _QUERY,
+    "document": _DOCUMENT, "passage": _DOCUMENT, "search_document": _DOCUMENT, "retrieval.passage": _DOCUMENT,
+}  # fmt: skip
 TINY = 1e-12  # least value of a vector's length, as in torch's normalize
 
 
@@ -62,6 +68,10 @@ class Vectors:
             known = ", ".join(self.encoder.prompts) or "none"
             raise ServiceError("invalid", f"there is no prompt {name!r}; prompts are {known}", param="prompt_name")
         return self.encoder.prompts[name]
+
+    def prompt_for(self, role: str | None) -> str:
+        """The text of the prompt for a role, one of ROLES; the model's own where it has none for that."""
+        return self.prompt(next((name for name in ROLES.get(role or "", ()) if self.prompts.get(name)), None))
 
     def prepare(
         self,
