@@ -215,7 +215,8 @@ def page(devices: list[Device]) -> str:
         "Times are medians; a ratio above 1 means that fastbert is faster, with its bootstrap interval of 95%. Tokens",
         "are real tokens: padding never counts. Every result was checked before its time was taken (with dropout only",
         "for being finite): its error is at most twice that of plain torch in the same dtype, another library's at",
-        "most four times. Rows with a tolerance of their own (int8) are shown, and are not among the others that count.", "",
+        "most four times. Rows with a tolerance of their own (int8) are shown, and are not among the others that",
+        "count.", "",
     ]  # fmt: skip
     for device in devices:
         lines += section(device)
