@@ -465,6 +465,21 @@ def test_retry_after_is_below_a_minute():
     run(test)
 
 
+def test_small_batches_do_not_make_clients_wait_longer():
+    """After the warm-up, a batch of three tokens, and after single short texts, the estimate was a tenth of what full
+    batches give: a queue that was empty in a second sent its clients away for 20."""
+
+    async def test():
+        async with Rig(budget=100, bound=200) as rig:
+            for _ in range(3):
+                await rig.ask(1, tokens=3).answer
+            assert rig.engine.rate == 0.0
+            await rig.ask(1, tokens=25).answer
+            assert rig.engine.rate > 0.0
+
+    run(test)
+
+
 def test_models_take_turns():
     async def test():
         lane, queues = Doubler(), [TokenQueue(10, 1000), TokenQueue(10, 1000)]

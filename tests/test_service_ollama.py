@@ -35,6 +35,7 @@ def test_long_texts(client):
     reply = client.post("/api/embed", {"model": "texts", "input": "a " * 99, "truncate": False})
     assert reply.status == 413
     assert set(reply.json()) == {"error"}
+    assert "context length" in reply.json()["error"]  # at these words cognee sends the text in parts
 
 
 def test_several_models_by_name(served, encoder):

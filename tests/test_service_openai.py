@@ -118,7 +118,9 @@ def test_what_a_text_is_for_chooses_the_models_prompt(client, encoder):
 def test_cutting_and_length_by_the_fields_of_other_servers(client, encoder):
     long = "a b " * 40 + "c d"
     for more in ({"truncation": False}, {"truncate": "NONE"}):
-        assert client.post("/v1/embeddings", {"input": long, **more}).status == 413
+        reply = client.post("/v1/embeddings", {"input": long, **more})
+        assert reply.status == 413
+        assert reply.json()["error"]["code"] == "context_length_exceeded"
     for more, side in (
         ({"truncation": True}, "right"), ({"truncate": "END"}, "right"), ({"truncate": "START"}, "left"),
         ({"truncation_direction": "Left"}, "left"),

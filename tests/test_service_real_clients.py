@@ -1,6 +1,6 @@
 """Real clients with a server of all-MiniLM-L6-v2, compared with sentence-transformers. Each needs its package:
 
-pip install openai langchain-openai cohere
+pip install openai langchain-openai cohere ollama voyageai
 """
 
 import base64
@@ -84,3 +84,25 @@ def test_cohere(server, wanted):
     assert found.results[0].relevance_score >= found.results[1].relevance_score
     vectors = client.embed(model="minilm", texts=TEXTS, input_type="search_document", embedding_types=["float"])
     assert close(vectors.embeddings.float_, wanted)
+
+
+def test_ollama(server, wanted):
+    ollama = pytest.importorskip("ollama", reason="needs the client: pip install ollama")
+    client = ollama.Client(host=server.url)
+    assert close(client.embed(model="minilm", input=TEXTS).embeddings, wanted)
+    assert close(client.embeddings(model="minilm", prompt=TEXTS[0]).embedding, wanted[0])
+    assert [model.model for model in client.list().models] == ["minilm:latest", "ranks:latest"]
+    assert client.show("minilm").modelinfo["bert.embedding_length"] == wanted.shape[1]
+    with pytest.raises(ollama.ResponseError, match="there is no such model"):
+        client.show("other")
+
+
+def test_voyage(server, wanted):
+    voyageai = pytest.importorskip("voyageai", reason="needs the client: pip install voyageai")
+    client = voyageai.Client(api_key="none", base_url=f"{server.url}/v1")
+    assert close(client.embed(TEXTS, model="minilm", input_type="document").embeddings, wanted)
+    rounded = np.clip(np.rint(wanted * 127), -128, 127)
+    found = client.embed(TEXTS, model="minilm", output_dtype="int8").embeddings
+    assert np.abs(np.asarray(found) - rounded).max() <= 1  # a number between two may be rounded to either
+    found = client.rerank("a", ["b", "c d", "e"], model="ranks", top_k=2).results
+    assert len(found) == 2

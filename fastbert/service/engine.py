@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ..text.batching import end_team, use_threads
 from .errors import ServiceError
-from .queue import Full, TokenQueue, Waiting
+from .queue import SHARE, Full, TokenQueue, Waiting
 
 log = logging.getLogger("fastbert.service")
 
@@ -111,7 +111,7 @@ class Engine:
     ):
         self.loop, self.queues, self.on_batch = loop, list(queues), on_batch
         self.threads = threads
-        self.rate = 0.0  # tokens per second, a moving mean
+        self.rate = 0.0  # tokens per second of batches that are not small, a moving mean
         self._lock = threading.Lock()
         self._for_worker = [threading.Condition(self._lock) for _ in range(workers)]
         self._for_tokeniser = threading.Condition(self._lock)
@@ -310,9 +310,11 @@ class Engine:
         for lane, members in by_lane.items():
             self._compute_lane(lane, members, failed)
         now = time.perf_counter()
-        # A moving mean over about ten batches, used for Retry-After only.
-        speed = tokens / max(now - began, 1e-6)
-        self.rate = speed if not self.rate else 0.9 * self.rate + 0.1 * speed
+        # A moving mean over about ten batches, used for Retry-After only. Small batches have fewer tokens a second than
+        # those of a full queue.
+        if SHARE * tokens >= batch[0][0].queue.budget:
+            speed = tokens / max(now - began, 1e-6)
+            self.rate = speed if not self.rate else 0.9 * self.rate + 0.1 * speed
         self.on_batch(len(batch), tokens)
         self._finish(batch, failed)
 

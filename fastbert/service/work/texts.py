@@ -145,10 +145,12 @@ class Texts:
         return found, cut
 
     def _too_long(self, number: int) -> ServiceError:
+        # Clients look for the words "context length", some of them to send the text again in parts.
         return ServiceError(
             "too_large",
-            f"text {number} has more than {self.limit} tokens, the longest that this model is served with, and the "
+            f"text {number} exceeds the context length of {self.limit} tokens that this model is served with, and the "
             "request says that it must not be cut",
+            code="context_length_exceeded",
         )
 
 
