@@ -22,14 +22,28 @@ from .cpu import loss as cpu_loss
 from .cpu import norm as cpu_norm
 from .cpu import operators as cpp
 
-add_layer_norm_sum = reference.add_layer_norm_sum
+
+def _sums_in_few_bits(dtype, *parameters):
+    """Whether torch would sum these parameters' gradients over the rows in bfloat16 or float16: its backward passes of
+    LayerNorm and of embeddings do so on CPUs. In bfloat16 a sum of ones ends at 256."""
+    given = [p for p in parameters if p is not None]
+    on_cpu = all(p.device.type == "cpu" for p in given)
+    return dtype in (torch.bfloat16, torch.float16) and on_cpu and cpp.want_gradients(*given)
+
+
+def _layer_norm(z, weight, bias, eps):
+    """torch's LayerNorm, of float32 copies where torch would sum gradients in fewer bits."""
+    if _sums_in_few_bits(z.dtype, weight, bias):
+        weight, bias = (None if t is None else t.float() for t in (weight, bias))
+        return F.layer_norm(z.float(), z.shape[-1:], weight, bias, eps).to(z.dtype)
+    return F.layer_norm(z, z.shape[-1:], weight, bias, eps)
 
 
 def embedding_layer_norm(
     input_ids, token_type_ids, positions, word, position, token_type, weight, bias, eps=1e-12,
     *, padding_idx=None, dropout_p=0.0, **dropout,
 ):  # fmt: skip
-    """One pass in C++ where that is built, else the specification."""
+    """One pass in C++ where that is built, else torch's operators."""
     indices, tables = (input_ids, token_type_ids, positions), (word, token_type, position, weight, bias)
     if cpp.fits_embedding(indices, tables):
         if dropout_p or cpp.want_gradients(*tables):
@@ -38,10 +52,12 @@ def embedding_layer_norm(
         y = cpp.embedding_layer_norm(indices, tables, eps)
         if y is not None:
             return y
-    return reference.embedding_layer_norm(
-        *indices, word, position, token_type, weight, bias, eps,
-        padding_idx=padding_idx, dropout_p=dropout_p, **dropout,
-    )  # fmt: skip
+    tables = word, position, token_type, weight, bias
+    few_bits = all(t is None or t.dtype is word.dtype for t in tables) and _sums_in_few_bits(word.dtype, *tables)
+    if few_bits:
+        tables = tuple(None if t is None else t.float() for t in tables)
+    y = reference.embedding_layer_norm(*indices, *tables, eps, padding_idx=padding_idx, dropout_p=dropout_p, **dropout)
+    return y.to(word.dtype) if few_bits else y
 
 
 def _keys_of_rows(rows, seed=None, stream=0, row_ids=None):
@@ -54,13 +70,19 @@ def _keys_of_rows(rows, seed=None, stream=0, row_ids=None):
 def add_layer_norm(
     x, residual, weight, bias, eps=1e-12, *, x_bias=None, dropout_p=0.0, seed=None, stream=0, row_ids=None
 ):
-    """One pass in C++ where that is built, else the specification."""
+    """One pass in C++ where that is built, else torch's operators."""
     if cpp.takes_add_layer_norm(x, residual, weight, bias, x_bias=x_bias):
         keys = _keys_of_rows(x[..., 0], seed, stream, row_ids) if dropout_p else None
         return cpu_norm.add_layer_norm(x, residual, weight, bias, eps, keys, dropout_p, x_bias)
-    return reference.add_layer_norm(
-        x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p, seed=seed, stream=stream, row_ids=row_ids
-    )
+    z = reference.dropout_add(x, residual, x_bias, dropout_p, seed, stream, row_ids)
+    return _layer_norm(z, weight, bias, eps)
+
+
+def add_layer_norm_sum(
+    x, residual, weight, bias, eps=1e-12, *, x_bias=None, dropout_p=0.0, seed=None, stream=0, row_ids=None
+):
+    z = reference.dropout_add(x, residual, x_bias, dropout_p, seed, stream, row_ids)
+    return _layer_norm(z, weight, bias, eps), z
 
 
 def dropout(x, dropout_p, seed, stream, row_ids):
