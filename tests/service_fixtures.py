@@ -11,6 +11,8 @@ from fastbert.service.service import Service
 from fastbert.service.settings import Settings
 from service_models import CLASSES, PLAIN, Client, Process, make_folder
 
+OF_MODELS = ("max_text_tokens", "max_batch_tokens", "default_prompt_name", "default_prompt")  # settings
+
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
@@ -24,10 +26,10 @@ def served(folders):
 
     def serve(*kinds, **changes):
         settings = Settings(**PLAIN | changes)
-        own = {k: v for k, v in changes.items() if k in ("max_text_tokens", "max_batch_tokens")}
+        own = {k: v for k, v in changes.items() if k in OF_MODELS}
         models = []
         for kind in kinds:
-            key = (kind, tuple(sorted(own.items())), "default_prompt_name" in changes)
+            key = (kind, tuple(sorted(own.items())))
             if key not in loaded:
                 loaded[key] = load(kind, folders[kind], settings)
             models.append(loaded[key])

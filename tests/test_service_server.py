@@ -21,7 +21,7 @@ from fastbert.service.errors import ServiceError
 from fastbert.service.models import Models
 from fastbert.service.service import Call
 from fastbert.service.settings import Settings
-from service_models import TEXTS
+from service_models import TEXTS, close
 
 pytest_plugins = ("service_fixtures",)
 pytestmark = pytest.mark.once
@@ -287,6 +287,16 @@ def test_servers_of_the_same_models_answer_their_own_requests(served, monkeypatc
         assert client.start("POST", "/embed", {"inputs": "a b"}).result(30).status == 200
 
 
+def test_a_prompt_for_requests_that_name_none(served):
+    wanted = served("texts").post("/embed", {"inputs": "a b", "prompt_name": "query"}).json()
+    other = served("texts").post("/embed", {"inputs": "a b", "prompt_name": "document"}).json()
+    for setting in ({"default_prompt": "q q "}, {"default_prompt_name": "query"}):
+        client = served("texts", **setting)
+        assert close(client.post("/embed", {"inputs": "a b"}).json(), wanted)
+        assert close([client.post("/v1/embeddings", {"input": "a b"}).json()["data"][0]["embedding"]], wanted)
+        assert close(client.post("/embed", {"inputs": "a b", "prompt_name": "document"}).json(), other)
+
+
 def test_names_of_models(served):
     client = served("masks", "texts")
     assert client.post("/embed", {"inputs": "a"}).status == 200
@@ -311,6 +321,9 @@ def test_settings_from_flags_and_the_environment(tmp_path):
     (tmp_path / "key").write_text("\n")
     with pytest.raises(ValueError, match="key has no key in it"):
         Settings.read({}, {"API_KEY_FILE": str(tmp_path / "key"), "API_KEY": "of the environment"})
+    assert Settings.read({}, {"DEFAULT_PROMPT": "query: "}).default_prompt == "query: "
+    with pytest.raises(ValueError, match="default_prompt or default_prompt_name, not both"):
+        Settings.read({"default_prompt": "q "}, {"DEFAULT_PROMPT_NAME": "query"})
     with pytest.raises(ValueError, match="PORT"):
         Settings.read({}, {"PORT": "x"})
     with pytest.raises(ValueError, match="port must be from 1 to 65535, got 65536"):

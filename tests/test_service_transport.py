@@ -217,6 +217,37 @@ def test_a_request_that_offers_another_protocol_is_answered_with_its_body(kind, 
     assert not caplog.records
 
 
+async def long_answer(scope, receive, send):
+    content = b"x" * 60_000_000
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(content))]})
+    for part in range(0, len(content), 10_000_000):
+        await send({"type": "http.response.body", "body": content[part : part + 10_000_000], "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def test_a_client_that_does_not_read_its_answer_is_disconnected(monkeypatch):
+    """It kept the answer in memory, and a server that was told to stop waited for it for two minutes. A client that
+    reads slowly gets all."""
+    monkeypatch.setattr(transport, "STALL_SECONDS", 0.2)
+
+    async def test():
+        async with Server(long_answer) as server:
+            for is_slow in (True, False):
+                reader, writer = await server.connect()
+                writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+                if is_slow:
+                    await reader.readuntil(b"\r\n\r\n")
+                    left = 60_000_000
+                    while left:
+                        left -= len(await reader.read(2**20))
+                        await asyncio.sleep(0.001)
+                    writer.close()
+                await server.until_all_are_lost()
+            writer.close()
+
+    run(test)
+
+
 class Transport:
     """Records what is written to it, and whether it was closed."""
 
@@ -225,6 +256,9 @@ class Transport:
 
     def write(self, data):
         self.written.append(data)
+
+    def get_write_buffer_size(self):
+        return 0
 
     def close(self):
         self.closed = True

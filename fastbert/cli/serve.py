@@ -42,7 +42,7 @@ answered with 429 and Retry-After at once. On SIGTERM the server answers all acc
 With a key in the environment variable API_KEY, or in a file (--api-key-file, or the variable API_KEY_FILE), requests
 need 'Authorization: Bearer KEY'. These variables of text-embeddings-inference are used if a flag is not given:
 MODEL_ID, SERVED_MODEL_NAME, PORT, DTYPE, POOLING, MAX_CONCURRENT_REQUESTS, MAX_BATCH_TOKENS, MAX_CLIENT_BATCH_SIZE,
-AUTO_TRUNCATE, DEFAULT_PROMPT_NAME, PAYLOAD_LIMIT, PROMETHEUS_PORT, CORS_ALLOW_ORIGIN."""
+AUTO_TRUNCATE, DEFAULT_PROMPT_NAME, DEFAULT_PROMPT, PAYLOAD_LIMIT, PROMETHEUS_PORT, CORS_ALLOW_ORIGIN."""
 
 EXAMPLES = """\
 examples:
@@ -64,7 +64,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: cuda if there is a GPU")
     p.add_argument("--impl", choices=IMPLS, help="implementation of the operators (default: the fastest)")
     p.add_argument("--pooling", choices=POOLINGS, metavar="MODE", help="pooling of encoders (default: the model's)")
-    p.add_argument("--default-prompt-name", metavar="NAME", help="the prompt for requests that name none")
+    p.add_argument("--default-prompt-name", metavar="NAME", help="the model's prompt for requests that name none")
+    p.add_argument(
+        "--default-prompt", metavar="TEXT", help="put before the texts of requests that name no prompt, as 'query: '"
+    )
     p.add_argument(
         "--batch-invariant", action="store_true", default=None,
         help="a text's result does not depend on its batch, to the last bit; somewhat slower",

@@ -95,6 +95,8 @@ def load(name: str, source: str | Path, settings: Settings) -> Served:
             path, dtype=settings.dtype, device=settings.device, impl=settings.impl, pooling=settings.pooling,
             prompt_name=settings.default_prompt_name,
         )  # fmt: skip
+        if settings.default_prompt is not None:
+            encoder = encoder.asked(prompt=settings.default_prompt)
         vectors = Vectors(encoder, limit)
         abilities = {"vectors": vectors}
         if not has_modules(path) and set(_architectures(path)) & set(_WITH_MASKS) and settings.dtype != "int8":

@@ -34,6 +34,7 @@ VARIABLES: dict[str, tuple[str, Any]] = {
     "max_client_batch_size": ("MAX_CLIENT_BATCH_SIZE", _count),
     "auto_truncate": ("AUTO_TRUNCATE", _flag),
     "default_prompt_name": ("DEFAULT_PROMPT_NAME", str),
+    "default_prompt": ("DEFAULT_PROMPT", str),
     "payload_limit": ("PAYLOAD_LIMIT", _count),
     "prometheus_port": ("PROMETHEUS_PORT", _count),
     "cors_allow_origin": ("CORS_ALLOW_ORIGIN", lambda text: tuple(part.strip() for part in text.split(","))),
@@ -56,7 +57,7 @@ class Settings:
         payload_limit: most bytes of a request's body.
         timeout: seconds after which a request fails as too late.
         auto_truncate: whether too long texts are cut if the request does not say.
-        default_prompt_name: prompt of requests that name none.
+        default_prompt_name, default_prompt: prompt of requests that name none, by its name or as a text.
         batch_invariant: whether a text's bits are the same in any batch.
         api_key: key that requests must carry; None for none.
         cors_allow_origin: origins of web pages that may send requests; empty for none.
@@ -78,6 +79,7 @@ class Settings:
     timeout: float = 120.0
     auto_truncate: bool = True
     default_prompt_name: str | None = None
+    default_prompt: str | None = None
     batch_invariant: bool = False
     api_key: str | None = None
     cors_allow_origin: tuple[str, ...] = ()
@@ -105,6 +107,8 @@ class Settings:
         for name in ("port", "prometheus_port"):
             if values.get(name) is not None and values[name] > 65_535:
                 raise ValueError(f"{name} must be from 1 to 65535, got {values[name]}")
+        if {"default_prompt", "default_prompt_name"} <= values.keys():
+            raise ValueError("give default_prompt or default_prompt_name, not both")
         if values.get("prometheus_port") == values.get("port", cls.port):
             raise ValueError(f"prometheus_port must differ from port, which is {values['prometheus_port']}")
         return cls(**values, api_key=key or None)

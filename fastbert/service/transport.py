@@ -9,6 +9,7 @@ from typing import Any
 
 # Bounds for reading and discarding the rest of a request after its answer.
 LINGER_SECONDS, LINGER_BYTES = 2.0, 2**25
+STALL_SECONDS = 15.0  # a client that takes none of its answer for so long, or up to twice so long, is disconnected
 
 
 class OneWrite:
@@ -20,11 +21,16 @@ class OneWrite:
     If the connection is closed before the whole request was read, a client that is still sending would lose the answer:
     its system resets the connection because of the unread bytes, and drops what it has received. So the transport keeps
     reading for a while, and discards the bytes (`Leftover`).
+
+    A client that no longer reads would keep its answer in memory for ever, and a server that is stopping would wait for
+    it. So its connection is ended.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, protocol: Any):
         self._transport, self._loop, self._protocol, self._head = transport, loop, protocol, b""
         self._is_closing = False
+        self._written = 0  # bytes
+        self._watch: asyncio.TimerHandle | None = None  # while the buffer is not empty
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -36,12 +42,27 @@ class OneWrite:
             self._head = data
             self._loop.call_soon(self._flush)
             return
-        self._transport.write(data)
+        self._send(data)
 
     def _flush(self) -> None:
         if self._head:
-            self._transport.write(self._head)
-            self._head = b""
+            data, self._head = self._head, b""
+            self._send(data)
+
+    def _send(self, data: bytes) -> None:
+        self._transport.write(data)
+        self._written += len(data)
+        if self._watch is None:
+            self._look(None)
+
+    def _look(self, taken: int | None) -> None:
+        """Ends the connection if the client has taken nothing of the buffer since `taken`; looks again later."""
+        self._watch = None
+        left = self._transport.get_write_buffer_size()
+        if left and taken == self._written - left:
+            self._transport.abort()
+        elif left:
+            self._watch = self._loop.call_later(STALL_SECONDS, self._look, self._written - left)
 
     def is_closing(self) -> bool:
         return self._is_closing or self._transport.is_closing()
