@@ -11,8 +11,8 @@ import subprocess
 def assembler(arch: str) -> str:
     """The ptxas that Triton runs for an architecture, as "ptxas 12.8.93 (/path/to/ptxas)". ImportError without Triton.
 
-    Triton's wheel has one for compute capability 10.0 and newer and an older one for all others. TRITON_PTXAS_PATH or
-    TRITON_PTXAS_BLACKWELL_PATH replaces it if that file runs.
+    Triton's wheel has two. The newer one is for compute capability 10.0 and later, from Triton 3.9 on for 9.0 too.
+    TRITON_PTXAS_PATH replaces the older one and TRITON_PTXAS_BLACKWELL_PATH the newer one, if that file runs.
     """
     from triton.backends.nvidia.compiler import get_ptxas
 

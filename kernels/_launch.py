@@ -64,7 +64,9 @@ class Plan:
     __slots__ = ("_bound", "_constants", "_known", "_may_bind", "_names", "_options", "_places", "_rest", "kernel")
 
     def __init__(self, kernel: Any, tensors: str, numbers: str, constants: dict[str, Any], **options: Any):
-        self.kernel, self._constants, self._options = kernel, constants, options
+        self.kernel, self._constants = kernel, constants
+        # From Triton 3.10 on products and sums are not fused by default; 3.9 warns of that.
+        self._options = {"enable_fp_fusion": True, **options}
         self._names = (*tensors.split(), *numbers.split())
         given = [*self._names, *constants]
         if sorted(given) != sorted(kernel.arg_names):

@@ -47,7 +47,10 @@ def run(op: str, inputs: dict, dtype: torch.dtype, backward: bool = True) -> Non
 
 def shown(launch: Launch) -> dict:
     bound = {name: str(value) for name, value in launch.constexprs.items()}
-    return {"kernel": launch.name, "variant": hash(launch.variant), "grid": launch.grid, "constexprs": bound}
+    return {
+        "kernel": launch.name, "variant": hash(launch.variant), "grid": launch.grid, "constexprs": bound,
+        "fused": launch.options["enable_fp_fusion"],
+    }  # fmt: skip
 
 
 def every_operator() -> Iterator[dict]:

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import run
 from benchmarks.gpu_day import plan as gpu_day_plan
 from benchmarks.gpu_day import summary as gpu_day_summary
-from benchmarks.gpu_day.plan import Step
+from benchmarks.gpu_day.plan import PTXAS_VARIABLES, Step
 from benchmarks.harness import schema
 from benchmarks.run import SUITES
 from fastbert import verify
@@ -207,8 +207,8 @@ def test_command_lines_parse(name, rehearsal, tmp_path):
 
 def test_attention_is_timed_with_the_assembler_with_which_it_passed():
     steps = steps_of(gpu_day_plan.day("python", False))
-    assert steps["verify-newer"].environment(Known()) == {"TRITON_PTXAS_PATH": "/newer/ptxas"}
-    assert steps["attention"].environment(Known(better=True)) == {"TRITON_PTXAS_PATH": "/newer/ptxas"}
+    assert steps["verify-newer"].environment(Known()) == dict.fromkeys(PTXAS_VARIABLES, "/newer/ptxas")
+    assert steps["attention"].environment(Known(better=True)) == dict.fromkeys(PTXAS_VARIABLES, "/newer/ptxas")
     assert steps["attention"].environment(Known(better=False)) == {}
 
 

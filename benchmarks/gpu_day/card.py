@@ -52,11 +52,13 @@ def assemblers(arch: str) -> list[dict[str, Any]]:
     one that Triton uses by default."""
     try:
         import triton
+        from triton.backends.nvidia.compiler import get_ptxas
     except ImportError:
         return []
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    names = ["ptxas", "ptxas-blackwell"] if int(arch.removeprefix("sm_")) < 100 else ["ptxas-blackwell", "ptxas"]
-    paths = [folder / name for name in names if (folder / name).is_file()]
+    default = Path(get_ptxas(int(arch.removeprefix("sm_"))).path)
+    paths = [folder / name for name in ("ptxas", "ptxas-blackwell") if (folder / name).is_file()]
+    paths.sort(key=lambda path: path != default)
     return [{"path": str(path), "version": _version(path), "takes": _takes(path, arch)} for path in paths]
 
 

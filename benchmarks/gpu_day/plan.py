@@ -12,6 +12,7 @@ from typing import Any
 
 CORES = os.cpu_count() or 1
 SANITIZER = "compute-sanitizer"
+PTXAS_VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 SLOWLY = 300.0  # seconds that a step of the rehearsal may take on a machine busy with other work
 
 
@@ -73,15 +74,16 @@ def _bench(python: str, step: str, *arguments: str, spare: float = 8.0) -> Calla
     return command
 
 
-def _newer_assembler(record: Any) -> dict[str, str]:
-    """The newer of Triton's assemblers, if it supports the GPU."""
+def _other_assembler(record: Any) -> dict[str, str]:
+    """The assembler in Triton's package that is not its default, if it supports the GPU. Which of the variables Triton
+    reads depends on its version."""
     path = record.other_assembler()
-    return {} if path is None else {"TRITON_PTXAS_PATH": path}
+    return {} if path is None else dict.fromkeys(PTXAS_VARIABLES, path)
 
 
 def _better_assembler(record: Any) -> dict[str, str]:
     """The newer assembler, if attention passed with it and failed with Triton's default."""
-    return _newer_assembler(record) if record.newer_is_better() else {}
+    return _other_assembler(record) if record.newer_is_better() else {}
 
 
 def _day(python: str) -> list[list[Step]]:
@@ -120,7 +122,7 @@ def _day(python: str) -> list[list[Step]]:
         [Step("precompile", 130, precompile)],
         [Step("verify", 110, _verify(python, "verify", "--jobs", jobs, *_dtypes()))],
         [Step("verify-newer", 50, _verify(python, "verify-newer", "--jobs", jobs, *_dtypes(), "--op", "attention",
-                                          "--op", "attention_padded"), environment=_newer_assembler)],
+                                          "--op", "attention_padded"), environment=_other_assembler)],
         [Step("record", 30, _recording(python), unless=_no_safetensors)],
         [timed("encoder", 70, "--suite", "encoder,latency", *without_compile)],
         [timed("attention", 80, "--suite", "kernels", "--operator", "attention", *without_compile)],

@@ -30,6 +30,8 @@ from fastbert import verify
 from fastbert.kernels import _device, _library
 from fastbert.testing import MODELS, WITHOUT_GRADIENT, WORKLOADS, Workload, function_of
 
+from .plan import PTXAS_VARIABLES
+
 CPU = torch.device("cpu")
 LARGE = 2**14  # tensors with at least this many elements are not computed
 PATIENCE = 90.0  # seconds that one kernel may take to compile
@@ -250,7 +252,7 @@ def _start(kernel: Kernel, target: Any, say: Callable[[dict], None]) -> int:
         import triton
 
         if kernel.assembler is not None:
-            os.environ["TRITON_PTXAS_PATH"] = kernel.assembler
+            os.environ.update(dict.fromkeys(PTXAS_VARIABLES, kernel.assembler))
         began, cpu = time.monotonic(), time.process_time()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # if ptxas fails, Triton prints it
             try:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..functional import machine
+from ..kernels._assembler import assembler as assembler_of
 from ..testing import Check, ModelShape, Runs, error_and_budget, run_op
 from .cases import DTYPES, Task
 from .checks import Result, factor_of, result_of
@@ -45,7 +46,8 @@ def environment(device: torch.device, impl: str) -> dict[str, str]:
         import triton
 
         compiler = triton.__version__
-        assembler = "" if torch.version.hip or machine.INTERPRETING else f"ptxas {triton.knobs.nvidia.ptxas.version}"
+        if not (torch.version.hip or machine.INTERPRETING):
+            assembler, _, _ = assembler_of(arch).partition(" (")  # without its path
     return {
         "format": FORMAT, "device": name, "arch": arch, "impl": impl, "fastbert": __version__,
         "torch": torch.__version__, "triton": compiler, "assembler": assembler,
