@@ -13,8 +13,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors, trainers
 
 import fastbert
-from fastbert.text import seams
-from fastbert.text.cutting import Cutter
+from fastbert.text import characters, seams, unknown
+from fastbert.text.cutting import Cutter, KeptCutter
 from fastbert.text.seams import Seams
 from fastbert.text.tokenizer import Tokenizer as OurTokenizer
 
@@ -70,6 +70,11 @@ def trained(kind: str) -> tokenizers.Tokenizer:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
+    elif kind == "bpe of letters":
+        backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        options = {"special_tokens": ["<unk>"], "limit_alphabet": 60, "show_progress": False}
+        trainer = trainers.BpeTrainer(vocab_size=900, **options)
     else:
         backend = tokenizers.Tokenizer(models.Unigram())
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -124,6 +129,7 @@ BACKENDS = {
         XLM_R,
     ),
     "NFKC": lambda: made("unigram", N.NFKC(), P.Metaspace(prepend_scheme="first")),
+    "BARThez": lambda: made("bpe of letters", SENTENCEPIECE, XLM_R),
     "newlines are spaces": lambda: made("unigram", N.Replace(Regex(r"(\n){1,}"), " "), P.Metaspace()),
     "no split": lambda: made("unigram", N.Prepend("▁"), P.Metaspace(split=False)),
     "BPE added": lambda: made("bpe", N.NFC(), BYTES, MADE_UP),
@@ -153,6 +159,10 @@ ALPHABETS = {
     "tokens": [*WORDS, *[" "] * 6, "a", "中", "\u0301"],
     "one word": LETTERS,
     "apostrophes": ["'", "r", "e", "s", "t", " ", "l", "\u0301", "\uff07"],
+    "only apostrophes": ["'", "'" * 3, ".", "x", "'R", "'v"],
+    "white": [*characters.WHITE, "\x1c", " \n", "<mask>", "a"],
+    "unknown": [*map(chr, range(0x12000, 0x12010)), *"ไทยกขค\x01𝄞"],
+    "unknown words": [*map(chr, range(0x12000, 0x12010)), " ", "a", "ﾞ", "\u0301", "ᅡ"],
     "one letter": ["a", "aa", "aaa"],
     "gaps": [" ", "  ", "   ", "<mask>", "a", "\n"],
     "long gaps": [" " * 40, "\n" * 30, "<mask>", "abc ", ".", " \n" * 40],
@@ -182,6 +192,8 @@ def text_of(draw: random.Random) -> str:
 def soon(monkeypatch):
     """Short texts are cut, too."""
     monkeypatch.setattr(seams, "_WORTH_CUTTING", 2)
+    monkeypatch.setattr(unknown, "_PART", 20)
+    monkeypatch.setattr(unknown, "_CHUNK", 60)
 
     def sizes(draw: random.Random) -> None:
         choices = ((2, 4, 8, 16, 32, 64), (1, 3, 9, 27), (8, 32, 128, 512), (5, 6, 7, 10, 20, 50))
@@ -269,17 +281,33 @@ TEN_MEGABYTES = {
     "thai": "ภาษาไทย",
     "spaces": " ",
     "newlines": "\n",
+    "unknown": "\U00012000",
+    "apostrophes": "'",
+    "quotations": "'r",
+    "white": " \t\u00a0",
+    "signs": "\u200b",
 }
 
 
-@pytest.mark.parametrize("name", ["RoBERTa", "ModernBERT", "Qwen", "XLM-R", "DeBERTa"])
+UNCUT = {
+    ("Qwen", "white"): "newlines decide how its gaps are split, so that only gaps of equal spaces are cut",
+    ("BARThez", "accents"): "marks are normalised with the letters before them, so that they count as known",
+    **{
+        (name, kind): "not among the characters that begin a segment"
+        for name in ("ModernBERT", "Qwen")
+        for kind in ("unknown", "signs")
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["RoBERTa", "ModernBERT", "Qwen", "XLM-R", "DeBERTa", "BARThez"])
 @pytest.mark.parametrize("kind", TEN_MEGABYTES)
 def test_little_of_a_text_of_megabytes_is_tokenised(name, kind):
     """At most 128 characters for each kept token. A gap of DeBERTa's is shortened, and with RoBERTa cut."""
     part, cutter = TEN_MEGABYTES[kind], Cutter(BACKENDS[name]())
     long = part * (10_000_000 // len(part))
-    if name in ("XLM-R", "DeBERTa") and kind == "thai":
-        pytest.skip("its letters are all unknown here, and so one token")
+    if (name, kind) in UNCUT:
+        pytest.skip(UNCUT[name, kind])
     assert len(cutter.text(long, 254, True)) <= 255 * 128
     if kind in ("words", "hindi"):
         assert len(cutter.ending(long, 254, True)) <= 255 * 128
@@ -288,7 +316,7 @@ def test_little_of_a_text_of_megabytes_is_tokenised(name, kind):
 def test_characters_that_begin_a_segment():
     """Normalised apart from whatever is before them, of all characters that Unicode knows how to normalise."""
     codes = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    behind = [char for char in codes if seams._BEGINNING.match(char)]
+    behind = [char for char in codes if characters.BEGINNING.match(char)]
     before = [char for char in codes if unicodedata.decomposition(char) or unicodedata.combining(char)]
     before += [chr(code) for code in (*range(0x1100, 0x1200), *range(0x41, 0x5B), 0x995, 0x3046)]
     draw = random.Random(0)
@@ -338,3 +366,81 @@ def test_a_mask_takes_the_whole_gap_before_it():
         for text in (gap + "<mask>", "a" + gap + "<mask> b", gap + "a<mask>"):
             ids = backend.encode(Cutter(backend).text(text, 9), add_special_tokens=False).ids
             assert ids[:9] == backend.encode(text, add_special_tokens=False).ids[:9]
+
+
+def test_a_mark_behind_the_letter_at_a_seam():
+    """Normalisation joins a halfwidth mark with the letter before it, and so the place is within an added token."""
+    backend = made("bpe", N.NFKC(), BYTES, ["xガ"])
+    seen, text = Seams(backend), "." * 40 + "xカ"
+    assert not seen._is_seam(text + "ﾞ", 41)
+    assert seen._is_seam(text + ".", 41)
+
+
+def test_unknown_characters_are_left_out_of_long_runs():
+    """All are one token, so only a few stay; not if the word goes on behind them, or if they may be a token."""
+    backend, run = BACKENDS["XLM-R"](), "\U00012000\u0e44" * 5000
+    plain = functools.partial(backend.encode, add_special_tokens=False)
+    for text in (run, "ab" + run, "ab" + run + " ab" + run + "\nab"):
+        short = Seams(backend)._shortened(text)
+        assert len(short) < 600
+        assert plain(short).ids == plain(text).ids
+    for text in (run + "ab", run + "\u0301", run + "<mask>", "가" * 10_000 + "각"):
+        assert plain(Seams(backend)._shortened(text)).ids == plain(text).ids
+    assert Seams(backend)._shortened(run + "ab") == run + "ab"
+    backend.add_tokens(["\u0e44\U00012000"])
+    assert Seams(backend)._shortened(run) == run
+    of_letters = BACKENDS["BARThez"]()
+    assert len(Seams(of_letters)._shortened(run + "ab" + run)) < 600  # BPE adds up no scores
+    of_letters.model.fuse_unk = False
+    assert Seams(of_letters)._shortened(run) == run
+
+
+def test_a_token_of_characters_that_are_none_themselves():
+    """In such a text they are not unknown."""
+    pieces = [("<unk>", 0.0), ("▁", -1.0), ("a", -2.0), ("\u0e44\U00012000", -3.0), ("\u0e44a", -3.0)]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = XLM_R
+    for text, is_shorter in (("\u0e44\U00012000" * 500, False), ("\u0e44" * 1000, True), ("\u0e44" * 999 + "a", False)):
+        short = Seams(backend)._shortened(text)
+        assert (len(short) < len(text)) == is_shorter
+        assert backend.encode(short).ids == backend.encode(text).ids
+    by_bytes = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    by_bytes.pre_tokenizer = XLM_R
+    assert len(Seams(by_bytes)._shortened("\u0e44" * 1000)) == 1000
+
+
+def test_a_cutter_is_kept_until_its_tokenizer_changes():
+    backend, kept = BACKENDS["RoBERTa"](), KeptCutter()
+    cutter = kept.of(backend)
+    assert kept.of(backend) is cutter
+    backend.add_tokens(["new"])
+    assert kept.of(backend) is not cutter
+    for part, value in (("normalizer", N.NFC()), ("pre_tokenizer", P.Punctuation()), ("model", models.BPE())):
+        cutter = kept.of(backend)
+        setattr(backend, part, value)
+        assert kept.of(backend) is not cutter
+    assert kept.of(BACKENDS["RoBERTa"]()) is not cutter
+
+
+@pytest.mark.parametrize("name", ["RoBERTa", "XLM-R", "no split", "BARThez"])
+def test_pairs_of_texts_that_cannot_be_cut(name, monkeypatch):
+    """They are tokenised whole, one by one, and then cut at the end of a token."""
+    monkeypatch.setattr(seams, "_SIZES", ())
+    backend = BACKENDS[name]()
+    cutter, draw = Cutter(backend), random.Random(name)
+    cut = 0
+    for _ in range(30):
+        one, two, kept = text_of(draw)[:900], text_of(draw)[:900], draw.choice((2, 3, 8, 9))
+        monkeypatch.setattr(seams, "_WORTH_CUTTING", draw.choice((2, 16)))
+        short = cutter.pair(one, two, kept, "longest_first")
+        cut += short != (one, two)
+        backend.enable_truncation(kept, strategy="longest_first")
+        found, whole = (backend.encode(*pair, add_special_tokens=False) for pair in (short, (one, two)))
+        backend.no_truncation()
+        assert (found.ids, found.type_ids) == (whole.ids, whole.type_ids), (one, two, kept)
+    assert cut > 10
+    assert len(cutter.pair("ab" * 5000, "ab" * 9000, 8, "longest_first")[1]) < 200
+    assert cutter.pair("ab" * 5000, "a\ud800" * 9000, 8, "longest_first")[1] == "a\ud800" * 9000
+    monkeypatch.undo()
+    refused = ("ab " * 5000, "ab " * 5000 + "\ud800")
+    assert cutter.pair(*refused, 9, "longest_first") == refused

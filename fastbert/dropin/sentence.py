@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..text.batching import CHUNK_TEXTS, even_batches, run_batches, tokens_per_batch
-from ..text.cutting import Cutter
+from ..text.cutting import KeptCutter
 from .encoder import EncoderForward
 from .forward import Forward, forward_of
 from .original import tensor_hooks
@@ -147,6 +147,7 @@ class BatchedMethod(Forward):
         self.module, self.kind, self.padding = model, kind, padding
         self.name = method_of(model, kind)
         self.warned: dict[str, int] = {}
+        self.cutter = KeptCutter()
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -171,7 +172,8 @@ class BatchedMethod(Forward):
             chunk = SHOWN_TEXTS if given.get("show_progress_bar") else CHUNK_TEXTS
             given["batch_size"] = max(size, chunk)
             try:
-                view = Regrouped(model, size, given.get("output_value") == "token_embeddings").view()
+                tokens = given.get("output_value") == "token_embeddings"
+                view = Regrouped(model, size, tokens, self.cutter).view()
                 return method(view, *bound.args[1:], **bound.kwargs)
             except CannotPack as error:
                 reason = str(error)
@@ -219,10 +221,11 @@ class Regrouped:
         batch_size: the caller's limit of texts computed at once. A batch has at most as many tokens as so many texts
             of the greatest length.
         tokens: whether the call returns the embeddings of tokens.
+        cutter: cuts long texts.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, tokens: bool):
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: nn.Module, batch_size: int, tokens: bool, cutter: KeptCutter):
+        self.model, self.batch_size, self.cutter = model, batch_size, cutter
         self.kept = ("sentence_embedding", "scores", *(("token_embeddings",) if tokens else ()))
 
     def view(self) -> nn.Module:
@@ -241,7 +244,7 @@ class Regrouped:
     def tokenise_apart(self, tokenise: Callable[..., dict], texts: list, *args, **kwargs) -> dict[str, Any]:
         """The output of `preprocess`, with the unpadded tokens of each text under `ROWS`."""
         if not args:
-            texts = cut(self.model, texts, kwargs)
+            texts = cut(self.model, texts, kwargs, self.cutter)
         if len(texts) < 2:
             return tokenise(texts, *args, **kwargs)
         inside = map(forward_of, self.model[0].modules())
@@ -283,11 +286,12 @@ class Regrouped:
         return {**features, **_merged(batches, outputs, rows.lengths)}
 
 
-def cut(model: nn.Module, texts: list, options: dict[str, Any]) -> list:
+def cut(model: nn.Module, texts: list, options: dict[str, Any], kept: KeptCutter | None = None) -> list:
     """Texts or pairs of texts, long ones cut to a beginning of which the tokenizer keeps the same tokens.
 
     Args:
         options: the arguments of `preprocess` besides the texts.
+        kept: what further calls for this model use, too.
     """
     longest, tokenizer, first = model.max_seq_length, model.tokenizer, model[0]
     of_lengths = ("processing_kwargs", "query_length", "document_length", "query_expansion")
@@ -300,7 +304,7 @@ def cut(model: nn.Module, texts: list, options: dict[str, Any]) -> list:
         and tokenizer.chat_template is None
     ):
         return texts
-    cutter = Cutter(tokenizer.backend_tokenizer)
+    cutter = (kept or KeptCutter()).of(tokenizer.backend_tokenizer)
     if getattr(first, "do_lower_case", False) and not cutter.ignores_outer_spaces:
         return texts  # releases before 6 change the letters first
     of_one, of_two = (max(longest - tokenizer.num_special_tokens_to_add(pair=pair), 0) for pair in (False, True))

@@ -25,6 +25,7 @@ from itertools import islice
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
+from .characters import SURROGATE
 from .kinds import Kinds
 from .seams import Seams
 
@@ -138,6 +139,9 @@ class Cutter:
         # longest_first takes tokens from the longer text until both have the same number. If the limit is odd, the text
         # that was longer keeps the odd token, so the cut texts must not change which one is longer.
         short_first, short_second = part(first, tokens), part(second, tokens)
+        if self._seams is not None and not is_ending:
+            # The library makes a window of each two windows, so that of two texts left whole it may make millions.
+            short_first, short_second = (self._seams.counted(text, tokens) for text in (short_first, short_second))
         if short_first is not first and short_second is not second:
             if tokens % 2 == 0:
                 return short_first, short_second
@@ -145,11 +149,16 @@ class Cutter:
                 return short_first, part(second, self._most_tokens(short_first))
             if part(first, self._most_tokens(second)) is not first:
                 return part(first, self._most_tokens(short_second)), short_second
-            if self._backend.truncation or self._backend.padding or self._seams is not None:
+            if self._backend.truncation or self._backend.padding:
                 return first, second  # such a backend does not tell how many tokens a whole text has
-            if any(token.single_word for token in self._backend.get_added_tokens_decoder().values()):
+            if any(map(SURROGATE.search, (first, second))):
+                return first, second  # the pair is refused when it is tokenised
+            if self._seams is None and any(
+                token.single_word for token in self._backend.get_added_tokens_decoder().values()
+            ):
                 return first, second  # whether such a token is one depends on characters behind a boundary, too
-            if self._count(first) > self._count(second):
+            count = self._count if self._seams is None else self._tokens
+            if count(first) > count(second):
                 return part(first, self._most_tokens(short_second)), short_second
             return short_first, part(second, self._most_tokens(short_first))
         if short_second is not second:
@@ -161,6 +170,22 @@ class Cutter:
         if self._seams is not None:
             return self._seams.most_tokens(text)
         return len(text) if text.isascii() else _TOKENS_PER_CHARACTER * len(text)
+
+
+class KeptCutter:
+    """The cutter of a tokenizer that others use too: made anew if that has changed, or is another one."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple, tokenizers.Tokenizer, Cutter] | None = None
+
+    def of(self, backend: tokenizers.Tokenizer) -> Cutter:
+        parts = [None if part is None else part.__getstate__() for part in (backend.normalizer, backend.pre_tokenizer)]
+        added, model = sorted(map(str, backend.get_added_tokens_decoder().items())), backend.model
+        options = [getattr(model, name, None) for name in ("dropout", "ignore_merges", "unk_token", "fuse_unk")]
+        facts = (added, *parts, type(model), *options, backend.get_vocab_size())
+        if self._kept is None or self._kept[0] != facts or self._kept[1] is not backend:
+            self._kept = facts, backend, Cutter(backend)
+        return self._kept[2]
 
 
 def _boundary_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:

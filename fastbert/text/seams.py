@@ -6,7 +6,7 @@ rest into words, and makes tokens of each word by itself. Two questions decide w
 **Is the place a seam?** The text before a seam becomes the same normalised text with the same added tokens, whatever
 follows. That is certain under these conditions on the characters beside it:
 
-    The one behind is of `_BEGINNING`: Unicode neither moves such a character nor joins it with one before it, so a
+    The one behind is of `BEGINNING`: Unicode neither moves such a character nor joins it with one before it, so a
     normalised segment and a grapheme cluster end there. The one before is no Hangul jamo, joiner or control character,
     and none of the few letters that are in one cluster with whatever follows.
     The one before is no whitespace, so neither an added token nor a normalizer takes spaces from both sides.
@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
@@ -41,15 +40,9 @@ from typing import Any
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-# Punctuation, digits and letters that begin a grapheme cluster, and that no normalisation joins with what is before.
-_BEGINNING = re.compile(
-    "[ -~\u00a1-\u00ac\u00ae-\u02ff\u0391-\u03a1\u03a3-\u03c9\u0400-\u0481\u048a-\u052f\u05d0-\u05ea\u0621-\u063a"
-    "\u0641-\u064a\u0e01-\u0e30\u0e40-\u0e45\u1e00-\u1eff\u2010-\u2027\u3001-\u3029\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff"
-    "\uac00-\ud7a3\uff01-\uff5e\U0001f600-\U0001f64f]"
-)
-_JAMO = re.compile("[\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff]")
-# Letters that are in one grapheme cluster with whatever follows are U+0D4E, and further ones in these blocks.
-_STICKING = re.compile("[\u0d4e\U00011000-\U00011fff]")
+from .characters import BEGINNING, SURROGATE, WHITE, is_apart, is_ending, is_space, is_white
+from .unknown import Unknown
+
 _CHARACTER_BY_CHARACTER = (
     normalizers.NFC, normalizers.NFD, normalizers.NFKC, normalizers.NFKD, normalizers.Precompiled, normalizers.Nmt,
     normalizers.Lowercase, normalizers.StripAccents, normalizers.Strip, normalizers.Prepend,
@@ -65,17 +58,20 @@ _OF_WORDS = (
     _AS_IN_GPT_4 % "{1,3}",
     _AS_IN_GPT_4 % "",
 )
+# What may be a part of "'re" and the like that goes on behind a seam: in "'r" it must be an e.
+_CONTRACTED = re.compile("'([stmdrvl\u017f]|re|ve|ll)$", re.IGNORECASE)
 # Characters per wanted token from which on a text is cut. The beginning is tokenised once more to count its tokens.
 _WORTH_CUTTING = 16
 # Characters per wanted token of the beginnings that are tried.
 _SIZES = (8, 32, 128, 512)
+# How many of them are tried before a text is shortened, which looks at all of it.
+_BEFORE_SHORTENING = 2
 # Characters before the end of such a beginning in which a seam is searched.
 _SEARCHED = 512
 _LONGEST_CLUSTER = 64
-_GAPS = " \t\n\r"
+_GAPS = WHITE + "\u200b\ufeff"
 _LONG_GAP = 64
 _KEPT = 4096
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Seams:
@@ -94,6 +90,10 @@ class Seams:
         self._strips = any(isinstance(step, normalizers.Strip) for step in steps)
         self._spaces_end_words = any(_splits_at_spaces(part) for part in words)
         self._by_expression = any(isinstance(p, (pre_tokenizers.ByteLevel, pre_tokenizers.Split)) for p in words)
+        # Whether a gap of different spaces is split as one of equal spaces.
+        self._mixes_spaces = not any(isinstance(step, normalizers.Replace) for step in steps) and all(
+            isinstance(part, pre_tokenizers.ByteLevel) and part.use_regex for part in words
+        )
         self._drops_spaces = any(isinstance(part, pre_tokenizers.WhitespaceSplit) for part in words)
         # Where an end of a text is tokenised by itself, its first word must not get another mark of a beginning.
         self._keeps_ends = not any(isinstance(step, normalizers.Prepend) for step in steps) and all(
@@ -121,14 +121,23 @@ class Seams:
         wanted = tokens + 1
         if len(text) <= _WORTH_CUTTING * wanted:
             return text
-        for size in _SIZES:
-            if size * wanted >= len(text) or _SURROGATE.search(text, 0, size * wanted):
-                return text
+        at = self._cut_at(text, wanted, _SIZES[:_BEFORE_SHORTENING] if shorten else _SIZES)
+        if at is None and shorten:
+            short = self._shortened(text)
+            at = self._cut_at(short, wanted, _SIZES if len(short) < len(text) else _SIZES[_BEFORE_SHORTENING:])
+            text = short
+        return text[:at]
+
+    def _cut_at(self, text: str, wanted: int, sizes: tuple[int, ...]) -> int | None:
+        for size in sizes:
+            if size * wanted >= len(text):
+                return None
+            if SURROGATE.search(text, 0, size * wanted):
+                return len(text)  # the text is refused when it is tokenised
             at = self._seam_before(text, size * wanted)
             if at and self._has_final(text, at, wanted):
-                return text[:at]
-        short = self._shortened(text) if shorten else text
-        return self.beginning(short, tokens) if len(short) < len(text) else text
+                return at
+        return None
 
     def ending(self, text: str, tokens: int, shorten: bool = False) -> str:
         """As `Cutter.ending`."""
@@ -137,7 +146,7 @@ class Seams:
             return text
         for size in _SIZES:
             start = len(text) - size * wanted
-            if start <= 0 or _SURROGATE.search(text, start):
+            if start <= 0 or SURROGATE.search(text, start):
                 return text
             at = next((at for at in self._spaces(text, start, start + _SEARCHED)[::-1] if self._begins(text, at)), None)
             if at is not None and len(self._tokenised(text[at:])[0]) >= wanted:
@@ -145,9 +154,20 @@ class Seams:
         short = self._shortened(text) if shorten else text
         return self.ending(short, tokens) if len(short) < len(text) else text
 
+    def counted(self, text: str, tokens: int) -> str:
+        """As `beginning`, by tokenising the whole text: up to a token's end, its tokens are those of the beginning."""
+        if len(text) <= _WORTH_CUTTING * (tokens + 1) or self._backend.truncation or SURROGATE.search(text):
+            return text
+        whole = self._backend.encode_batch([text], add_special_tokens=False)[0]
+        if len(whole) < tokens + 2:
+            return text
+        part = text[: whole.offsets[tokens + 1][1]]
+        ids, _, _ = self._tokenised(part)
+        return part if len(ids) > tokens and ids[: tokens + 1] == whole.ids[: tokens + 1] else text
+
     def most_tokens(self, text: str) -> int:
         """Upper bound of a text's tokens: a token has a byte, or marks the beginning of a word, which has a byte."""
-        if _SURROGATE.search(text):
+        if SURROGATE.search(text):
             return len(text)  # the text is refused when it is tokenised
         return 2 * len(self._normalised(text).encode()) + 2
 
@@ -162,17 +182,15 @@ class Seams:
                     return at
         is_gap = True  # a gap in which no place is good is looked at once
         for at in range(end, start, -1):
-            if text[at] != text[at - 1]:
+            pair = text[at - 1 : at + 1]
+            if is_white(pair) and (pair[0] == pair[1] or self._mixes_spaces):
+                if is_gap and self._is_in_gap(text, at):
+                    return at
+                is_gap = False
+            else:
                 if self._is_seam(text, at):
                     return at
                 is_gap = True
-            elif text[at] not in _GAPS:
-                if self._is_seam(text, at):
-                    return at
-            elif is_gap:
-                if self._is_in_gap(text, at):
-                    return at
-                is_gap = False
         return 0
 
     def _spaces(self, text: str, start: int, end: int) -> list[int]:
@@ -184,17 +202,17 @@ class Seams:
         before, behind, following = text[at - 1], text[at], text[at + 1 : at + 2] or "x"
         if before.isspace() or {before, behind} & self._avoided:
             return False
-        if not self._is_plain and not (_BEGINNING.match(behind) and _is_ending(before)):
+        if not self._is_plain and not (BEGINNING.match(behind) and is_ending(before)):
             return False
         cluster = self._cluster(text, at)
         first, second = self._becomes(cluster), self._becomes(behind)
-        if not cluster or not first or not second or _is_space(first[-1]):
+        if not cluster or not first or not second or is_space(first[-1]):
             return False
-        if behind != " " and any(map(_is_space, second)):
+        if behind != " " and any(map(is_space, second)):
             return False
         if {before, first[-1]} & self._ends:
             return False
-        is_changed = not (self._is_plain or _is_apart(following))  # by a mark
+        is_changed = not (self._is_plain or is_apart(following))  # by a mark
         if is_changed and (behind == " " or any(first[-1] in content for content in self._contents)):
             return False
         if any(pair in content for pair in (before + behind, first[-1] + second[0]) for content in self._contents):
@@ -203,40 +221,42 @@ class Seams:
             return True
         # Normalisation makes one character of up to three.
         last = self._normalised(text[max(at - 16, 0) : at])
-        return "'" not in last[-3:] and (len(last) > 3 or at <= 16)
+        if "'" in last[-3:] and (is_changed or _CONTRACTED.search(last[-3:] + second[0])):
+            return False
+        return len(last) > 3 or at <= 16
 
     def _cluster(self, text: str, at: int) -> str:
         """The characters before a place that are normalised apart from those before them; "" if that is not certain."""
         if self._is_plain:
             return text[at - 1]
         for start in range(at - 1, max(at - _LONGEST_CLUSTER, 0) - 1, -1):
-            if _BEGINNING.match(text[start]):
-                return text[start:at] if start == 0 or text[start - 1].isspace() or _is_ending(text[start - 1]) else ""
+            if BEGINNING.match(text[start]):
+                return text[start:at] if start == 0 or text[start - 1].isspace() or is_ending(text[start - 1]) else ""
         return text[:at] if at < _LONGEST_CLUSTER else ""
 
     def _begins(self, text: str, at: int) -> bool:
         """Whether the text from the space at this seam on has the tokens that it has within the text."""
         behind = text[at + 1 : at + 2]
-        if " " in self._starts or not behind or behind.isspace() or not _is_apart(behind):
+        if " " in self._starts or not behind or behind.isspace() or not is_apart(behind):
             return False
         return self._is_seam(text, at)
 
     def _is_in_gap(self, text: str, at: int) -> bool:
-        """Whether this place, between two equal spaces, is as good as a seam.
+        """Whether this place, between two spaces, is as good as a seam. They are equal if `_mixes_spaces` is not set.
 
         A space is normalised by itself. The gap must not end at an added token, which may take all of its spaces, or at
         the end of a text that is stripped of them.
         """
-        space = text[at]
-        if space in self._avoided or any(map(_is_space, "".join(self._contents))):
+        if any(map(is_space, "".join(self._contents))):
             return False
-        if self._becomes(space) not in (" ", space):
-            return False
-        end = _end_of_run(text, at)
+        for space in text[at - 1 : at + 1]:
+            if space in self._avoided or self._becomes(space) not in (" ", space):
+                return False
+        end = _end_of_gap(text, at) if self._mixes_spaces else _end_of_run(text, at)
         if end == len(text):
             return not self._strips
         behind = text[end]
-        if end - at < 2 or behind == " " or not _BEGINNING.match(behind) or not (second := self._becomes(behind)):
+        if end - at < 2 or behind == " " or not BEGINNING.match(behind) or not (second := self._becomes(behind)):
             return False
         return not {behind, second[0]} & self._starts
 
@@ -258,13 +278,23 @@ class Seams:
         return text if normalizer is None else normalizer.normalize_str(text)
 
     def _shortened(self, text: str) -> str:
-        """A text with the same tokens at other places: two characters of each long gap that counts as one space."""
-        return self._gaps.sub(lambda gap: gap[0][0] + gap[0][-1], text) if self._gaps else text
+        """A text with the same tokens at other places: two characters of each long gap that counts as one space, and
+        less of each long run of unknown characters that is one token."""
+        if self._gaps:
+            text = self._gaps.sub(lambda gap: gap[0][0] + gap[0][-1], text)
+        return self._unknown.shortened(text) if self._unknown else text
+
+    @cached_property
+    def _unknown(self) -> Unknown | None:
+        if self._by_expression:
+            return None  # its bytes are all known
+        avoided = self._avoided.union(*self._contents)
+        return Unknown(self._backend, self._becomes, avoided, self._spaces_end_words)
 
     @cached_property
     def _gaps(self) -> re.Pattern[str] | None:
         """Matches long gaps that count as one space, as a normalizer joins spaces or a pre-tokenizer drops them."""
-        if any(map(_is_space, "".join(self._contents))):
+        if any(map(is_space, "".join(self._contents))):
             return None
         one = self._normalised("x x")
         if self._drops_spaces:
@@ -282,7 +312,7 @@ class Seams:
         ids, pieces, words = self._tokenised(text[:at])
         if len(ids) < wanted:
             return False
-        if self._spaces_end_words and text[at] == " " != text[at - 1]:
+        if self._spaces_end_words and text[at] == " " and not text[at - 1].isspace():
             return True
         before = words.index(words[-1])  # the tokens before the last word
         if before >= wanted:
@@ -322,10 +352,15 @@ class Seams:
             return [], [], []
         encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
         found: tuple[list[int], list[str], list[int | None]] = ([], [], [])
+        unknown = getattr(self._backend.model, "unk_token", None)  # a BPE model gives this for what it stands for
         for part in (encoding, *encoding.overflowing):
             real = sum(part.attention_mask)
             at = slice(real) if not real or part.attention_mask[0] else slice(-real, None)
-            for whole, of_part in zip(found, (part.ids, part.tokens, part.word_ids), strict=True):
+            pieces = part.tokens
+            if unknown in pieces:
+                places = zip(pieces, part.offsets, strict=True)
+                pieces = [self._normalised(text[slice(*place)]) if p == unknown else p for p, place in places]
+            for whole, of_part in zip(found, (part.ids, pieces, part.word_ids), strict=True):
                 whole.extend(of_part[at])
         return found
 
@@ -370,24 +405,6 @@ def _splits_at_spaces(part: Any) -> bool:
     return True
 
 
-def _is_ending(char: str) -> bool:
-    """Whether a character ends a grapheme cluster if one of `_BEGINNING` follows, and is no whitespace."""
-    if _JAMO.match(char) or _STICKING.match(char):
-        return False
-    return unicodedata.category(char)[0] in "LNPSM" and not char.isspace()
-
-
-def _is_space(char: str) -> bool:
-    return char.isspace() or char == "\u2581"
-
-
-def _is_apart(char: str) -> bool:
-    """Whether a character is normalised apart from a space or a character of `_BEGINNING` before it."""
-    if _BEGINNING.match(char):
-        return True
-    return unicodedata.category(char)[0] in "LN" and not _JAMO.match(char) and char not in "\u0e33\u0eb3"
-
-
 def _end_of_run(text: str, at: int) -> int:
     """Where the equal characters that begin here end."""
     block = text[at] * 65_536
@@ -395,3 +412,10 @@ def _end_of_run(text: str, at: int) -> int:
         at += len(block)
     rest = text[at : at + len(block)]
     return at + len(rest) - len(rest.lstrip(block[0]))
+
+
+def _end_of_gap(text: str, at: int) -> int:
+    """Where the spaces of all kinds that begin here end."""
+    while is_white(block := text[at : at + 65_536]):
+        at += len(block)
+    return at + len(block) - len(block.lstrip(WHITE))
