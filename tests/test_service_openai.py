@@ -108,7 +108,7 @@ def test_what_a_text_is_for_chooses_the_models_prompt(client, encoder):
     for field, words, wanted in (
         ("input_type", ("query", "search_query"), query), ("input_type", ("passage", "search_document"), document),
         ("task", ("retrieval.query",), query), ("task", ("retrieval.passage",), document),
-        ("input_type", (None, "classification"), plain), ("task", ("text-matching",), plain),
+        ("input_type", (None, "classification"), plain), ("task", ("text-matching", 7, {}), plain),
     ):  # fmt: skip
         for word in words:
             assert close(vector(**{field: word}), wanted), word

@@ -248,6 +248,20 @@ def test_a_client_that_does_not_read_its_answer_is_disconnected(monkeypatch):
     run(test)
 
 
+def test_no_timer_holds_a_connection_that_was_lost_in_the_middle_of_an_answer():
+    async def test():
+        async with Server(long_answer) as server:
+            reader, writer = await server.connect()
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            writer.transport.abort()
+            await server.until_all_are_lost()
+            (made,) = server.made
+            assert made.transport._watch.cancelled()
+
+    run(test)
+
+
 class Transport:
     """Records what is written to it, and whether it was closed."""
 

@@ -64,6 +64,11 @@ class OneWrite:
         elif left:
             self._watch = self._loop.call_later(STALL_SECONDS, self._look, self._written - left)
 
+    def forget(self) -> None:
+        """Called when the connection is lost."""
+        if self._watch is not None:
+            self._watch.cancel()
+
     def is_closing(self) -> bool:
         return self._is_closing or self._transport.is_closing()
 
@@ -112,6 +117,10 @@ def protocol(kind: str | None = None) -> type:
     class Protocol(Base):
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(OneWrite(transport, self.loop, self))
+
+        def connection_lost(self, error: Exception | None) -> None:
+            self.transport.forget()
+            super().connection_lost(error)
 
         def _unsupported_upgrade_warning(self) -> None:
             """An offer of another protocol is ignored, without two lines in the log each time."""

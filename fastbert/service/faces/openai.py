@@ -34,7 +34,8 @@ async def embeddings(service: Service, call: Call) -> dict[str, Any]:
     dimensions = fields.count(body, "dimensions", "output_dimension")
     normalize = fields.take(body, "normalize", bool, fields.take(body, "normalized", bool))
     vectors.expect_choice(normalize, dimensions)
-    role = fields.take(body, "input_type", str, fields.take(body, "task", str))
+    task = body.get("task")  # a field of Jina's alone; others may mean something else by that name
+    role = fields.take(body, "input_type", str, task if isinstance(task, str) else None)
     name = fields.take(body, "prompt_name", str)
     prompt = vectors.prompt_for(role) if name is None else vectors.prompt(name)
     cut = fields.cutting(body, service.settings.auto_truncate)
