@@ -29,6 +29,23 @@ def test_rerank_answers_in_the_form_of_the_callers_api(client, folders):
     assert client.post("/v2/rerank", {"query": "q", "documents": []}).json()["results"] == []
 
 
+def test_scores_of_pairs_in_the_form_of_vllm(client, folders):
+    ones, others = ["q", "a b", "c"], ["a", "b c d", "e"]
+    for first, given in (("q", ["q"] * 3), (["q"], ["q"] * 3), (ones, ones)):
+        wanted = logits_of(folders["ranks"], "ranks", given, others)[:, 0].sigmoid()
+        for path, names in (("/v1/score", ("text_1", "text_2")), ("/score", ("queries", "documents"))):
+            found = client.post(path, {"model": "ranks", names[0]: first, names[1]: others}).json()
+            assert [item["index"] for item in found["data"]] == [0, 1, 2]
+            assert {item["object"] for item in found["data"]} == {"score"}
+            assert close([item["score"] for item in found["data"]], wanted)
+            assert found["usage"]["total_tokens"] > 0
+    assert len(client.post("/score", {"text_1": "q", "text_2": "a"}).json()["data"]) == 1
+    for body, param in (({}, "text_1"), ({"text_1": "q"}, "text_2"), ({"text_1": ones, "text_2": ["a", "b"]}, "text_1"),
+                        ({"queries": "q", "documents": []}, "documents")):  # fmt: skip
+        reply = client.post("/v1/score", body)
+        assert (reply.status, reply.json()["error"]["param"]) == (400, param)
+
+
 def test_documents_are_cut_to_the_requested_tokens(client):
     body = {"query": "q", "documents": ["a b c d e f", "abc d", "e", "f g"]}
     short = client.post("/v2/rerank", {"query": "q", "documents": ["a b", "ab", "e", "f g"]})

@@ -91,7 +91,8 @@ def check(reply, path, body):
     answer = reply.json()
     assert "Traceback" not in reply.content.decode(), told
     if reply.status != 200:
-        said = answer["error"]["message"] if path == "/v1/embeddings" else answer.get("error", answer.get("message"))
+        is_nested = path in ("/v1/embeddings", "/v1/score")
+        said = answer["error"]["message"] if is_nested else answer.get("error", answer.get("message"))
         assert isinstance(said, str), told
         assert said, told
 

@@ -27,6 +27,7 @@ transformers or 'fastbert finetune'; or of a BERT with its head for masked words
 requests use in "model". The first MODEL answers requests without a name. The default MODEL is all-MiniLM-L6-v2.
 
   OpenAI's clients           POST /v1/embeddings, GET /v1/models; base_url is http://HOST:PORT/v1
+  vLLM's                     POST /v1/score
   text-embeddings-inference  POST /embed /embed_all /predict /rerank /similarity /tokenize /decode, GET /info
   Cohere's, Jina's           POST /v1/rerank /v2/rerank /v1/embed /v2/embed
   Ollama's                   POST /api/embed /api/embeddings /api/show, GET /api/tags /api/ps /api/version

@@ -68,6 +68,7 @@ WAYS = (
     Way("decode", tei.decode, tei_form, ("/decode",)),
     Way("info", tei.info, tei_form, ("/info",), "GET"),
     Way("rerank", cohere.rerank, cohere_form, ("/v1/rerank", "/v2/rerank")),
+    Way("score", openai.score, openai_form, ("/v1/score", "/score")),
     Way("embed", cohere.embed_v1, cohere_form, ("/v1/embed",)),
     Way("embed", cohere.embed_v2, cohere_form, ("/v2/embed",)),
     Way("embed", ollama.embed, ollama_form, ("/api/embed",)),

@@ -65,6 +65,7 @@ BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "/v1/rerank": (RERANK, ("query", "documents")),
     "/v2/rerank": (RERANK, ("query", "documents")),
+    "/v1/score": ({"text_1": TEXTS, "text_2": TEXTS, "queries": TEXTS, "documents": TEXTS, "model": NAME, **CUT}, ()),
     "/v1/embed": (
         {"texts": {"type": "array", "items": TEXT, "minItems": 1},
          "inputs": {"type": "array", "items": CONTENT, "minItems": 1}, "model": NAME, "input_type": TEXT,
@@ -95,6 +96,7 @@ BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 # address -> another address with the same fields
 _SAME = {
     "/embeddings": "/v1/embeddings",
+    "/score": "/v1/score",
     "/v2/embed": "/v1/embed",
     "/v1": "/",
     "/invocations": "/",

@@ -32,7 +32,7 @@ SHORT_REST = 65_536  # most unread bytes of a body with which a connection is ke
 
 # function -> the first part of text-embeddings-inference's names for its counts of texts
 TEXT_COUNTS = {"embed": "te_embed", "embed_all": "te_embed", "similarity": "te_embed", "predict": "te_predict",
-               "rerank": "te_predict"}  # fmt: skip
+               "rerank": "te_predict", "score": "te_predict"}  # fmt: skip
 
 
 class Gone(Exception):

@@ -1,12 +1,15 @@
-"""OpenAI's face: /v1/embeddings and /v1/models."""
+"""OpenAI's face: /v1/embeddings and /v1/models; and /v1/score, which vLLM adds."""
 
 from __future__ import annotations
 
+import time
+import uuid
 from typing import Any
 
 from ..errors import ServiceError
 from ..models import Served
 from ..service import Call, Service
+from ..work.heads import Labels
 from ..work.vectors import Vectors
 from . import fields
 from .numbers import TYPES, encoded
@@ -62,6 +65,27 @@ def _form(body: dict[str, Any]) -> tuple[str, str]:
     if numbers == "base64":
         encoding, numbers = numbers, None
     return encoding, numbers or fields.choice(body, "output_dtype", tuple(TYPES)) or "float"
+
+
+async def score(service: Service, call: Call) -> dict[str, Any]:
+    """Scores of pairs, in input order: of the text `text_1` with each of `text_2`, or of each with each where there are
+    as many. In vLLM's form, with its other names `queries` and `documents`."""
+    body = call.body
+    first, second = ("queries", "documents") if "queries" in body else ("text_1", "text_2")
+    ones, others = fields.texts(body.get(first), first), fields.texts(body.get(second), second)
+    if len(ones) not in (1, len(others)):
+        raise ServiceError("invalid", f"{first} must have one text or as many as {second}", param=first)
+    model = service.models.with_ability("scores", fields.take(body, "model", str))
+    labels: Labels = model.abilities["scores"]
+    pairs = list(zip(ones if len(ones) > 1 else ones * len(others), others, strict=True))
+    cut = fields.cutting(body, service.settings.auto_truncate)
+    logits = await service.run(call, model, pairs, lambda: labels.prepare(pairs, **cut))
+    scores = labels.scores(logits, fields.take(body, "raw_scores", bool, False))[:, 0].tolist()
+    return {
+        "id": f"score-{uuid.uuid4()}", "object": "list", "created": int(time.time()), "model": model.name,
+        "data": [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)],
+        "usage": {"prompt_tokens": call.tokens, "total_tokens": call.tokens},
+    }  # fmt: skip
 
 
 async def models(service: Service, call: Call) -> dict[str, Any]:
