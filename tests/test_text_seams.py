@@ -430,7 +430,7 @@ def test_pairs_of_texts_that_cannot_be_cut(name, monkeypatch):
     cutter, draw = Cutter(backend), random.Random(name)
     cut = 0
     for _ in range(30):
-        one, two, kept = text_of(draw)[:900], text_of(draw)[:900], draw.choice((2, 3, 8, 9))
+        one, two, kept = text_of(draw)[:600], text_of(draw)[:600], draw.choice((8, 9, 20, 21))
         monkeypatch.setattr(seams, "_WORTH_CUTTING", draw.choice((2, 16)))
         short = cutter.pair(one, two, kept, "longest_first")
         cut += short != (one, two)
@@ -444,3 +444,107 @@ def test_pairs_of_texts_that_cannot_be_cut(name, monkeypatch):
     monkeypatch.undo()
     refused = ("ab " * 5000, "ab " * 5000 + "\ud800")
     assert cutter.pair(*refused, 9, "longest_first") == refused
+
+
+def small(normalizer=None, pre_tokenizer=None, added=()) -> Seams:
+    backend = tokenizers.Tokenizer(models.BPE())
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizer or BYTES
+    backend.add_tokens(list(added))
+    return Seams(backend)
+
+
+# What is not certain at the place "|", where another text is certain.
+NO_SEAMS = {
+    "a space that becomes a sign": (small(N.Replace(" ", "_")), "a |b", "a|b"),
+    "a sign of a pattern before": (small(N.Replace("ab", "c")), "a|x", "x|x"),
+    "a sign of a pattern behind": (small(N.Replace("ab", "c")), "x|b", "x|x"),
+    "a joiner": (small(N.NFC()), "a\u200d|a", "a|a"),
+    "a jamo": (small(N.NFC()), "\u1100|a", "\uac00|a"),
+    "a letter in one cluster with any": (small(N.NFC()), "\u0d4e|a", "\u0d15|a"),
+    "a mark": (small(N.NFC()), "e|\u0301", "e\u0301|e"),
+    "a mark that disappears": (small(N.StripAccents()), "\u0301|b", "a\u0301|b"),
+    "a letter that disappears": (small(N.Replace("b", "")), "a|b", "a|c"),
+    "a letter that becomes a space": (small(N.Replace("a", " ")), "a|b", "b|b"),
+    "a letter behind that becomes a space": (small(N.Replace("b", " ")), "a|b", "a|c"),
+    "the end of an added token": (small(added=["xa"]), "xa|b", "ax|b"),
+    "the end of an added token, normalised": (small(N.Replace("q", "a"), added=["xa"]), "xq|b", "xb|b"),
+    "within an added token": (small(added=["abc"]), "a|b", "b|a"),
+    "within an added token, normalised": (small(N.Replace("a", "q"), added=["qbc"]), "a|b", "x|b"),
+    "a mark that changes an added token": (small(N.NFC(), added=["aéb"]), "a|e\u0301", "x|e\u0301"),
+    "a mark on a space": (small(N.NFKC()), "a| \u0301", "a| x"),
+    "within re": (small(), "x'r|e", "x's|a"),
+    "within ve": (small(), "x'v|e", "x't|a"),
+    "within ll": (small(), "x'l|l", "x'm|a"),
+    "within re, in capitals": (small(), "'R|E", "'S|E"),
+    "re behind many marks": (small(N.StripAccents()), "xx'r" + "\u0301" * 20 + "|e", "xxr\u0301|e"),
+    "many marks in a cluster": (small(N.NFC()), "e" + "\u0301" * 80 + "|e", "e" + "\u0301" * 40 + "|e"),
+    "a cluster whose beginning is joined": (small(N.NFC()), "\u200da\u0301|e", "xa\u0301|e"),
+}
+
+
+@pytest.mark.parametrize("name", NO_SEAMS)
+def test_places_that_are_no_seams(name):
+    seen, unsure, sure = NO_SEAMS[name]
+    assert not seen._is_seam(unsure.replace("|", ""), unsure.index("|"))
+    assert seen._is_seam(sure.replace("|", ""), sure.index("|"))
+
+
+GPT_4 = P.Split(Regex(seams._OF_WORDS[1]), "isolated")
+NO_GAPS = {
+    "a token with a space": (small(added=["a b"]), "a   |   b"),
+    "spaces of a pattern": (small(N.Replace("  ", " ")), "a   |   b"),
+    "a space that becomes a sign": (small(N.Replace("\n", "_")), "a\n\n\n|\n\n\nb"),
+    "the end of a stripped text": (small(N.Strip()), "a   |   "),
+    "one space more": (small(), "a   | b"),
+    "another space behind": (small(None, GPT_4), "a\t\t\t|\t\t\t b"),
+    "a newline behind": (small(None, GPT_4), "a   |   \nb"),
+    "an added token behind": (small(added=["<m>"]), "a   |   <"),
+    "an added token behind, normalised": (small(N.Replace("q", "<"), added=["<m>"]), "a   |   q"),
+    "a letter that no segment begins with": (small(), "a   |   \u0301"),
+}
+
+
+@pytest.mark.parametrize("name", NO_GAPS)
+def test_gaps_that_are_not_cut(name):
+    seen, text = NO_GAPS[name]
+    assert not seen._is_in_gap(text.replace("|", ""), text.index("|"))
+    assert small()._is_in_gap("a   |  b".replace("|", ""), 4)
+    assert small()._is_in_gap("a \t \u00a0\t", 4)
+    assert small(None, GPT_4)._is_in_gap("a\t\t\t\t\tb", 3)
+
+
+def test_ends_of_texts_that_begin_with_other_tokens():
+    xlm_r = small(None, XLM_R)
+    assert xlm_r._begins("a b", 1)
+    assert not xlm_r._begins("a  b", 1)
+    assert not small(N.NFC(), XLM_R)._begins("a \u0301", 1)
+    assert not small(None, XLM_R, [" x"])._begins("a b", 1)
+    assert small(None, P.Metaspace(prepend_scheme="first")).ending("a b" * 999, 2) == "a b" * 999
+    assert small(None, P.Metaspace(split=False)).ending("a b" * 999, 2) == "a b" * 999
+
+
+SHORT = [
+    "a \n \n \n \n. b", "foo.... ----", "x" * 30, "xyxyxyxyxyxy a aaaa", "aaaa aaaaaa<mask>", "don't 'we're'",
+    "中文字一二三中文字", "a<mask>  b", "..,,..,,..", "ไไไไ ไ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["RoBERTa", "Qwen", "XLM-R", "BARThez", "no split"])
+def test_tokens_that_are_final(name):
+    """At all places of short texts: if as many tokens are final there, the whole text has them."""
+    backend = BACKENDS[name]()
+    seen, sure = Seams(backend), 0
+    for text in SHORT:
+        whole = backend.encode(text, add_special_tokens=False).ids
+        for at in range(1, len(text)):
+            if not (seen._is_seam(text, at) or (text[at - 1 : at + 1].isspace() and seen._is_in_gap(text, at))):
+                continue
+            here = backend.encode(text[:at], add_special_tokens=False).ids
+            for wanted in range(1, len(here) + 2):
+                if seen._has_final(text, at, wanted):
+                    sure += 1
+                    assert len(here) >= wanted
+                    assert here[:wanted] == whole[:wanted], (text, at, wanted)
+    assert sure > 20

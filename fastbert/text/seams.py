@@ -17,8 +17,8 @@ follows. That is certain under these conditions on the characters beside it:
 A place within a gap is as good as a seam under other conditions, see `_is_in_gap`.
 
 **Which tokens before a seam are final?** The pre-tokenizers here split from left to right, and look no further than to
-the character behind a word, except for an apostrophe, in "'re"; so no seam is up to three characters behind one. All
-words before a seam are therefore final except for the last, which may go on.
+the character behind a word, except for an apostrophe; so no seam is within "'re" or the like. All words before a seam
+are therefore final except for the last, which may go on.
 
     A space behind another character always begins a word, so at such a seam the last word is final, too.
     Where the last word may go on: in every longer word the seam is the end of a token, or a token reaches over it. No
@@ -58,8 +58,8 @@ _OF_WORDS = (
     _AS_IN_GPT_4 % "{1,3}",
     _AS_IN_GPT_4 % "",
 )
-# What may be a part of "'re" and the like that goes on behind a seam: in "'r" it must be an e.
-_CONTRACTED = re.compile("'([stmdrvl\u017f]|re|ve|ll)$", re.IGNORECASE)
+# Two words, or one with the letter behind, as in "'re", "'ve" and "'ll".
+_CONTRACTED = re.compile("'[rvl]$", re.IGNORECASE)
 # Characters per wanted token from which on a text is cut. The beginning is tokenised once more to count its tokens.
 _WORTH_CUTTING = 16
 # Characters per wanted token of the beginnings that are tried.
@@ -200,7 +200,7 @@ class Seams:
 
     def _is_seam(self, text: str, at: int) -> bool:
         before, behind, following = text[at - 1], text[at], text[at + 1 : at + 2] or "x"
-        if before.isspace() or {before, behind} & self._avoided:
+        if {before, behind} & self._avoided:
             return False
         if not self._is_plain and not (BEGINNING.match(behind) and is_ending(before)):
             return False
@@ -217,13 +217,11 @@ class Seams:
             return False
         if any(pair in content for pair in (before + behind, first[-1] + second[0]) for content in self._contents):
             return False
-        if not self._by_expression or at < 3:
+        if not self._by_expression:
             return True
         # Normalisation makes one character of up to three.
         last = self._normalised(text[max(at - 16, 0) : at])
-        if "'" in last[-3:] and (is_changed or _CONTRACTED.search(last[-3:] + second[0])):
-            return False
-        return len(last) > 3 or at <= 16
+        return not _CONTRACTED.search(last) and (len(last) > 3 or at <= 16)
 
     def _cluster(self, text: str, at: int) -> str:
         """The characters before a place that are normalised apart from those before them; "" if that is not certain."""
