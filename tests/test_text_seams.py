@@ -548,3 +548,14 @@ def test_tokens_that_are_final(name):
                     assert len(here) >= wanted
                     assert here[:wanted] == whole[:wanted], (text, at, wanted)
     assert sure > 20
+
+
+def test_a_space_behind_a_newline_begins_no_word():
+    """They are one gap, and here one token."""
+    backend = tokenizers.Tokenizer(models.BPE({"Ċ": 0, "Ġ": 1, "ĊĠ": 2}, [("Ċ", "Ġ")]))
+    backend.pre_tokenizer = BYTES
+    seen, text = Seams(backend), "\n \n \n \n "
+    assert seen._is_in_gap(text, 3)
+    assert backend.encode(text[:3]).ids == [2, 0]
+    assert not seen._has_final(text, 3, 2)
+    assert backend.encode(text).ids[:2] == [2, 2]

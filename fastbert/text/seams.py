@@ -235,7 +235,7 @@ class Seams:
     def _begins(self, text: str, at: int) -> bool:
         """Whether the text from the space at this seam on has the tokens that it has within the text."""
         behind = text[at + 1 : at + 2]
-        if " " in self._starts or not behind or behind.isspace() or not is_apart(behind):
+        if " " in self._starts or not behind or behind.isspace():
             return False
         return self._is_seam(text, at)
 
