@@ -521,8 +521,8 @@ def test_ends_of_texts_that_begin_with_other_tokens():
     assert not xlm_r._begins("a  b", 1)
     assert not small(N.NFC(), XLM_R)._begins("a \u0301", 1)
     assert not small(None, XLM_R, [" x"])._begins("a b", 1)
-    assert small(None, P.Metaspace(prepend_scheme="first")).ending("a b" * 999, 2) == "a b" * 999
-    assert small(None, P.Metaspace(split=False)).ending("a b" * 999, 2) == "a b" * 999
+    for name in ("NFKC", "no split"):
+        assert Seams(BACKENDS[name]()).ending("ab ab " * 999, 2) == "ab ab " * 999
 
 
 SHORT = [
@@ -559,3 +559,19 @@ def test_a_space_behind_a_newline_begins_no_word():
     assert backend.encode(text[:3]).ids == [2, 0]
     assert not seen._has_final(text, 3, 2)
     assert backend.encode(text).ids[:2] == [2, 2]
+
+
+def test_an_unknown_token_may_go_on():
+    """As the last one before a seam, it is not final, although its id stays."""
+    seen, text = Seams(BACKENDS["XLM-R"]()), "ab" + "ไ" * 9
+    assert seen._is_seam(text, 5)
+    count = len(seen._tokenised(text[:5])[0])
+    assert seen._tokenised(text[:5])[0] == seen._tokenised(text)[0]
+    assert not seen._has_final(text, 5, count)
+
+
+@pytest.mark.parametrize("name", ["RoBERTa", "XLM-R", "ALBERT", "no split"])
+def test_the_most_tokens_of_a_text(name):
+    backend = BACKENDS[name]()
+    for text in ("é" * 99, "\U00012000 " * 99, "a b " * 99, "ﷺ" * 9, "", "x"):
+        assert Seams(backend).most_tokens(text) >= len(backend.encode(text, add_special_tokens=False))
