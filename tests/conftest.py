@@ -45,7 +45,9 @@ import torch
 from fastbert.kernels import _device
 
 if _device.INTERPRETING and _device.HAS_TRITON:
-    runpy.run_path(str(Path(__file__).with_name("interpreter.py")))["hasten"]()
+    _interpreter = runpy.run_path(str(Path(__file__).with_name("interpreter.py")))
+    _interpreter["hasten"]()
+    _interpreter["broadcast_conditions"]()
 if EMULATED:
     from fastbert.emulator import emulate
 

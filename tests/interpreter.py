@@ -50,3 +50,14 @@ def hasten() -> None:
 
     interpreter.InterpretedFunction.__call__ = call
     interpreter._get_np_dtype = np_dtype
+
+
+def broadcast_conditions() -> None:
+    """Makes the interpreter broadcast the result of comparing numbers as a bool for the rest of this process. It takes
+    it for a number of their type, and in Triton 3.9 refuses a mask that is made with it."""
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self, ret_ty, arg):
+        return splat(self, ret_ty, interpreter.TensorHandle(arg.data, tl.int1) if arg.data.dtype == np.bool_ else arg)
+
+    interpreter.InterpreterBuilder.create_splat = create_splat
