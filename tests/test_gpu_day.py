@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
+from benchmarks.gpu_day import PTXAS_VARIABLES
 from benchmarks.gpu_day import plan as gpu_day_plan
 from benchmarks.gpu_day import summary as gpu_day_summary
-from benchmarks.gpu_day.plan import PTXAS_VARIABLES, Step
+from benchmarks.gpu_day.plan import Step
 from benchmarks.harness import schema
 from benchmarks.run import SUITES
 from fastbert import verify

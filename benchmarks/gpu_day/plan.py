@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import PTXAS_VARIABLES
+
 CORES = os.cpu_count() or 1
 SANITIZER = "compute-sanitizer"
-PTXAS_VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
 SLOWLY = 300.0  # seconds that a step of the rehearsal may take on a machine busy with other work
 
 

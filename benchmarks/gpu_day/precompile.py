@@ -30,7 +30,7 @@ from fastbert import verify
 from fastbert.kernels import _device, _library
 from fastbert.testing import MODELS, WITHOUT_GRADIENT, WORKLOADS, Workload, function_of
 
-from .plan import PTXAS_VARIABLES
+from . import PTXAS_VARIABLES
 
 CPU = torch.device("cpu")
 LARGE = 2**14  # tensors with at least this many elements are not computed

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__
+from ..functional import assembler as assembler_of
 from ..functional import machine
-from ..kernels._assembler import assembler as assembler_of
 from ..testing import Check, ModelShape, Runs, error_and_budget, run_op
 from .cases import DTYPES, Task
 from .checks import Result, factor_of, result_of
