@@ -18,9 +18,9 @@ from accelerated_sentences import (
     tiny,
     transformers,
 )
+from cut_tokenizers import BACKENDS
 from fastbert.dropin import sentence
 from fastbert.text import batching
-from test_text_seams import BACKENDS
 
 pytest_plugins = ["accelerated_sentences"]  # has the fixtures
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]

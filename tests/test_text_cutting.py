@@ -6,6 +6,7 @@ import random
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from cut_tokenizers import LETTERS, alphabets
 from fastbert.text import cutting, kinds
 from fastbert.text.cutting import Cutter
 from fastbert.text.tokenizer import Tokenizer as OurTokenizer
@@ -15,14 +16,6 @@ pytestmark = pytest.mark.once
 # Number of strings in the property test. 100,000 take some minutes: FASTBERT_CUT_STRINGS=100000.
 STRINGS = int(os.environ.get("FASTBERT_CUT_STRINGS", "4000"))
 
-LETTERS = list("abcdefgxyzABCXYZ0189")
-# each is difficult at a cut: marks, joiners, what is removed, all kinds of spaces, what decomposes or grows, scripts
-NASTY = [
-    "\u0301", "\u0327", "\u20dd", "\u200d", "\u200c", "\u200b", "\ufe0f", "\u00ad", "\x00", "\x01", "\x7f", "\ufffd",
-    "\ufeff", " ", "\t", "\n", "\r", "\u00a0", "\u2003", "\u3000", "\u2028", "\x85", "\x1c", "\x0b",
-    "中", "文", "㐀", "\uf900", "\U0002a6d6", "の", "ア", "가", "각", "ไ", "é", "İ", "ß", "ﬁ", "≠", "Σ", "ς",
-    "ᾂ", "😀", "👩\u200d👩", ".", ",", "-", "[", "]", "#", "##", "'", "。", "、",
-]  # fmt: skip
 WORDS = [
     "[MASK]",
     "[SEP]",
@@ -37,15 +30,8 @@ WORDS = [
     "q" * 120,
     "ab" * 30,
 ]
-ALPHABETS = {
-    "words": LETTERS + [" "] * 8,
-    "spaces": LETTERS + [" ", "\t", "\n", "\r", "  ", "\u00a0", "\u3000"] * 3,
-    "chinese": [*"中文字㐀一二三。 a", "\u0301"],
-    "all": LETTERS + [" "] * 10 + NASTY + WORDS,
-    "no letters": NASTY,
-    "tokens": [*WORDS, *[" "] * 6, "a", "中", "\u0301"],
+ALPHABETS = alphabets(WORDS) | {
     "vanishing": ["\x00", "\u200b", "\u0301", " ", "a"],
-    "one word": LETTERS,
     "two boundaries a token": ["New York ", "中文"],
 }
 
