@@ -27,6 +27,12 @@ def test_rerank_answers_in_the_form_of_the_callers_api(client, folders):
         assert found["results"][0]["document"] == {"text": documents[order[0]]}
         assert found["usage"]["total_tokens"] == 17  # three pairs, each with 3 special tokens and a query
     assert client.post("/v2/rerank", {"query": "q", "documents": []}).json()["results"] == []
+    for path in ("/v1/rerank", "/v2/rerank", "/models/ranks"):  # `texts` were refused there
+        assert client.post(path, {"query": "q", "texts": documents, "return_text": True}).json() == tei
+    reply = client.post("/v1/rerank", {"query": 7, "texts": documents})
+    assert (reply.status, set(reply.json())) == (422, {"error", "error_type"})
+    assert "documents" in client.post("/v1/rerank", {"query": "q"}).json()["message"]
+    assert "texts" in client.post("/rerank", {"query": "q"}).json()["error"]
 
 
 def test_scores_of_pairs_in_the_form_of_vllm(client, folders):
@@ -44,6 +50,20 @@ def test_scores_of_pairs_in_the_form_of_vllm(client, folders):
                         ({"queries": "q", "documents": []}, "documents")):  # fmt: skip
         reply = client.post("/v1/score", body)
         assert (reply.status, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_vllms_limit_of_tokens_for_pairs(client, folders):
+    long, body = "a b c d e f", {"query": "q", "documents": ["b " * 80, "c"]}
+    wanted = logits_of(folders["ranks"], "ranks", ["q"], ["a b c d"])[0, 0].sigmoid()
+    for path, given, score in (
+        ("/v1/score", {"text_1": "q", "text_2": long}, lambda found: found["data"][0]["score"]),
+        ("/v1/rerank", {"query": "q", "documents": [long]}, lambda found: found["results"][0]["relevance_score"]),
+    ):
+        reply = client.post(path, {**given, "truncate_prompt_tokens": 8})
+        assert reply.headers["x-truncated-texts"] == "1"
+        assert close(score(reply.json()), wanted), path
+        assert client.post(path, {**given, "truncate_prompt_tokens": 4}).status == 400
+    assert client.post("/v1/rerank", {**body, "truncate_prompt_tokens": -1}).headers["x-truncated-texts"] == "1"
 
 
 def test_documents_are_cut_to_the_requested_tokens(client):

@@ -136,6 +136,25 @@ def test_cutting_and_length_by_the_fields_of_other_servers(client, encoder):
         assert close([found["data"][0]["embedding"]], wanted)
 
 
+def test_vllms_limit_of_tokens(client, served, encoder):
+    """The field had no effect."""
+    long, ids = "a b c d e f", [5, 6, 7, 8, 9, 10]
+    for more, kept in (({}, "a b c"), ({"truncation_side": "left"}, "d e f"), ({"truncation_side": None}, "a b c")):
+        wanted = encoder.encode([kept])
+        for given in (long, ids):
+            reply = client.post("/v1/embeddings", {"input": given, "truncate_prompt_tokens": 5, **more})
+            assert (reply.headers["x-truncated-texts"], reply.json()["usage"]["prompt_tokens"]) == ("1", 5)
+            assert close([reply.json()["data"][0]["embedding"]], wanted)
+    for limit in (-1, 0, None, 64, 2**40):  # none but the model's own
+        reply = client.post("/v1/embeddings", {"input": "a " * 99, "truncate_prompt_tokens": limit})
+        assert reply.json()["usage"]["prompt_tokens"] == 64
+    refused = client.post("/v1/embeddings", {"input": long, "truncate_prompt_tokens": 5, "truncate": False})
+    assert (refused.status, refused.json()["error"]["code"]) == (413, "context_length_exceeded")
+    strict = served("texts", auto_truncate=False)
+    assert strict.post("/v1/embeddings", {"input": "a " * 99}).status == 413
+    assert strict.post("/v1/embeddings", {"input": "a " * 99, "truncate_prompt_tokens": -1}).status == 200
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
@@ -149,6 +168,9 @@ def test_cutting_and_length_by_the_fields_of_other_servers(client, encoder):
         ({"input": "a", "late_chunking": True}, 400, "late_chunking"),
         ({"input": [{"image": "a"}]}, 400, "input"), ({"input": "a", "truncate": "middle"}, 400, "truncate"),
         ({"input": "a", "prompt_name": "x"}, 400, "prompt_name"),
+        ({"input": "a", "truncate_prompt_tokens": -2}, 400, "truncate_prompt_tokens"),
+        ({"input": "a", "truncate_prompt_tokens": 2}, 400, "truncate_prompt_tokens"),
+        ({"input": "a", "truncation_side": "up"}, 400, "truncation_side"),
         ({"input": "a", "model": "ranks"}, 400, "model"),
     ],
 )  # fmt: skip

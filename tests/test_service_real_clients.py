@@ -1,6 +1,6 @@
-"""Real clients with a server of all-MiniLM-L6-v2, compared with sentence-transformers. Each needs its package:
+"""Real clients with a server of all-MiniLM-L6-v2, compared with sentence-transformers.
 
-pip install openai langchain-openai cohere ollama voyageai
+Two are not in the test extra, as they bring dozens of packages: pip install langchain-openai voyageai
 """
 
 import base64
@@ -8,7 +8,7 @@ import base64
 import numpy as np
 import pytest
 
-pytest.importorskip("openai", reason="needs the client: pip install openai")
+pytest.importorskip("openai", reason="needs the test extra")
 pytest.importorskip("orjson", reason="needs the serve extra")
 pytest.importorskip("prometheus_client", reason="needs the serve extra")
 pytest.importorskip("uvicorn", reason="needs the serve extra")
@@ -77,7 +77,7 @@ def test_langchain(server, wanted):
 
 
 def test_cohere(server, wanted):
-    cohere = pytest.importorskip("cohere", reason="needs the client: pip install cohere")
+    cohere = pytest.importorskip("cohere", reason="needs the test extra")
     client = cohere.ClientV2(api_key="none", base_url=server.url)
     found = client.rerank(model="ranks", query="a", documents=["b", "c d", "e"], top_n=2)
     assert len(found.results) == 2
@@ -87,7 +87,7 @@ def test_cohere(server, wanted):
 
 
 def test_ollama(server, wanted):
-    ollama = pytest.importorskip("ollama", reason="needs the client: pip install ollama")
+    ollama = pytest.importorskip("ollama", reason="needs the test extra")
     client = ollama.Client(host=server.url)
     assert close(client.embed(model="minilm", input=TEXTS).embeddings, wanted)
     assert close(client.embeddings(model="minilm", prompt=TEXTS[0]).embedding, wanted[0])

@@ -360,6 +360,46 @@ def test_errors_have_the_form_of_the_address(served):
     assert (reply.status, reply.json()["error_type"]) == (400, "Validation")
 
 
+def test_other_slashes_in_an_address(served):
+    """Clients join "http://host/" and "/embed"."""
+    client = served("texts", "ranks")
+    wanted = client.post("/embed", {"inputs": "a"}).json()
+    for path in ("//embed", "/embed/", "///embed//"):
+        assert client.post(path, {"inputs": "a"}).json() == wanted
+    assert client.post("//", {"inputs": "a"}).json() == wanted
+    assert client.post("/v1//embeddings/", {"input": "a"}).status == 200
+    assert client.post("//models/ranks", {"query": "a", "texts": ["b"]}).status == 200
+    for path in ("//info", "/v1/models/", "//health", "/metrics/"):
+        assert client.get(path).status == 200, path
+    reply = client.post("//nowhere//", {})
+    assert (reply.status, reply.json()["error_type"]) == (404, "Validation")
+    assert client.get("//embed").status == 405
+    assert served("texts", api_key="right").post("//embed", {"inputs": "a"}).status == 401
+
+
+def test_metrics_of_texts(served):
+    """Only the first text of a request was counted among the lengths, and times were those of requests alone."""
+    client = served("texts", "ranks")
+
+    def found():
+        lines = client.get("/metrics").content.decode().splitlines()
+        return {name: float(number) for name, _, number in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+    client.post("/embed", {"inputs": ["a", "a b", "c"]})
+    client.post("/rerank", {"query": "a", "texts": ["b", "c"]})
+    client.post("/embed", {"inputs": "a"})
+    after = found()
+    for name in ("duration", "tokenization_duration", "queue_duration", "inference_duration"):
+        for of, count in (("request", 3), ("embed", 4), ("predict", 2)):
+            assert after[f"te_{of}_{name}_count"] == after[f'te_{of}_{name}_bucket{{le="+Inf"}}'] == count
+            assert after[f"te_{of}_{name}_sum"] > 0
+    assert after["te_embed_duration_sum"] > after["te_embed_inference_duration_sum"]
+    assert after["te_request_input_length_count"] == 6
+    assert after["te_request_input_length_sum"] == 3 + 4 + 3 + 5 + 5 + 3
+    assert after['te_request_input_length_bucket{le="8.0"}'] == 6
+    assert after["te_batch_next_tokens_sum"] >= 23
+
+
 def test_texts_are_not_logged(served, caplog):
     client = served("texts")
     with caplog.at_level("DEBUG"):

@@ -185,7 +185,7 @@ def test_a_request_that_offers_another_protocol_is_answered_with_its_body(kind, 
     """Java's HttpClient offers HTTP/2 with each request. With httptools, uvicorn lost the body: the answer was that an
     empty body is no JSON. Each such request also left two lines in the log."""
     if kind == "httptools" and importlib.util.find_spec("httptools") is None:
-        pytest.skip("needs httptools, which comes with uvicorn[standard]")
+        pytest.skip("needs the test extra")
 
     async def test():
         async with Server(echoes, kind) as server:

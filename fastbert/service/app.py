@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Route, Router
 
 from .engine import log_failure
 from .errors import ServiceError, cohere_form, ollama_form, openai_form, tei_form
@@ -51,8 +52,15 @@ class Way(NamedTuple):
 
 
 async def _rerank(service: Service, call: Call) -> Any:
-    """Two APIs share this address; the name of the field with the texts tells them apart."""
-    return await (cohere if "documents" in call.body else tei).rerank(service, call)
+    """Scores of `texts` as in text-embeddings-inference's API, or of `documents` as in Cohere's, the best first."""
+    return await (tei if _reranks_texts(call) else cohere).rerank(service, call)
+
+
+def _reranks_texts(call: Call) -> bool:
+    """Which of the two APIs a request is of. Where neither field is there, the address tells."""
+    if "documents" in call.body or "texts" in call.body:
+        return "documents" not in call.body
+    return call.scope["path"] == "/rerank"
 
 
 WAYS = (
@@ -67,7 +75,7 @@ WAYS = (
     Way("tokenize", tei.tokenize, tei_form, ("/tokenize",)),
     Way("decode", tei.decode, tei_form, ("/decode",)),
     Way("info", tei.info, tei_form, ("/info",), "GET"),
-    Way("rerank", cohere.rerank, cohere_form, ("/v1/rerank", "/v2/rerank")),
+    Way("rerank", _rerank, cohere_form, ("/v1/rerank", "/v2/rerank")),
     Way("score", openai.score, openai_form, ("/v1/score", "/score")),
     Way("embed", cohere.embed_v1, cohere_form, ("/v1/embed",)),
     Way("embed", cohere.embed_v2, cohere_form, ("/v2/embed",)),
@@ -99,8 +107,8 @@ class Endpoint:
             service.admit(call)
             if way.method == "POST":
                 await service.read(call)
-                if way.name == "rerank" and "documents" in call.body:
-                    form = cohere_form
+                if way.name == "rerank":
+                    form = tei_form if _reranks_texts(call) else cohere_form
             content = await as_json(await way.answer(service, call))
             service.metrics.count("te_request_success", method=way.name)
         except ServiceError as error:
@@ -258,7 +266,23 @@ def application(service: Service) -> Starlette:
         lifespan=lifespan,
     )  # fmt: skip
     app.state.service = service
+    app.router.redirect_slashes = False
+    app.router.default = Plainer(app.router)
     return app
+
+
+class Plainer:
+    """Answers at an address with other slashes, "//embed" or "/embed/", as at "/embed": many clients join the server's
+    URL and the address without looking whether there is a slash at the end."""
+
+    def __init__(self, router: Router):
+        self.router = router
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        path = "/" + "/".join(filter(None, scope["path"].split("/")))
+        if path == scope["path"]:
+            raise HTTPException(404)
+        await self.router.app({**scope, "path": path}, receive, send)
 
 
 def metrics_application(service: Service) -> Starlette:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, chain
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 # Bounds of the histograms of seconds: powers of two times half a millisecond, up to two minutes.
@@ -16,11 +19,42 @@ TOKENS = tuple(2**n for n in range(3, 18))
 PIECES = tuple(2**n for n in range(0, 13))
 
 _TIMES = {
-    "te_request_duration": "seconds from the request to its answer",
-    "te_request_tokenization_duration": "seconds of tokenisation",
-    "te_request_queue_duration": "seconds in the queue",
-    "te_request_inference_duration": "seconds from the first batch with a piece of the request to the last",
+    "duration": "seconds from the request to its answer",
+    "tokenization_duration": "seconds of tokenisation",
+    "queue_duration": "seconds in the queue",
+    "inference_duration": "seconds from the first batch with a piece of the request to the last",
 }
+OF_TEXTS = ("te_embed", "te_predict")
+
+
+class Histogram:
+    """Counts of numbers by size, and their sum.
+
+    Args:
+        bounds: in ascending order; of each, the numbers up to it are counted.
+    """
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]):
+        self.name, self.text, self.bounds = name, text, bounds
+        self._lock = threading.Lock()
+        self._counts, self._sum = [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, number: float, times: int = 1) -> None:
+        with self._lock:
+            self._counts[bisect_left(self.bounds, number)] += times
+            self._sum += number * times
+
+    def observe_each(self, numbers: Iterable[float]) -> None:
+        with self._lock:
+            for number in numbers:
+                self._counts[bisect_left(self.bounds, number)] += 1
+                self._sum += number
+
+    def metric(self) -> HistogramMetricFamily:
+        with self._lock:
+            counts, total = list(accumulate(self._counts)), self._sum
+        bounds = (floatToGoString(bound) for bound in (*self.bounds, float("inf")))
+        return HistogramMetricFamily(self.name, self.text, list(zip(bounds, counts, strict=True)), total)
 
 
 class Metrics:
@@ -34,16 +68,13 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
-        self.times = {
-            name: Histogram(name, text, registry=self.registry, buckets=SECONDS) for name, text in _TIMES.items()
+        self._times = {
+            of: [Histogram(f"{of}_{name}", text + more, SECONDS) for name, text in _TIMES.items()]
+            for of, more in (("te_request", ""), *((of, ", for each text") for of in OF_TEXTS))
         }
-        self.input_length = Histogram(
-            "te_request_input_length", "tokens of a text", registry=self.registry, buckets=TOKENS
-        )
-        self.batch_size = Histogram("te_batch_next_size", "pieces of a batch", registry=self.registry, buckets=PIECES)
-        self.batch_tokens = Histogram(
-            "te_batch_next_tokens", "tokens of a batch", registry=self.registry, buckets=TOKENS
-        )
+        self.input_length = Histogram("te_request_input_length", "tokens of a text", TOKENS)
+        self.batch_size = Histogram("te_batch_next_size", "pieces of a batch", PIECES)
+        self.batch_tokens = Histogram("te_batch_next_tokens", "tokens of a batch", TOKENS)
         self.registry.register(self)
 
     def count(self, name: str, by: int = 1, **labels: str) -> None:
@@ -54,6 +85,11 @@ class Metrics:
         """The sum over all labels."""
         with self._lock:
             return sum(n for (of, _), n in self._counts.items() if of == name)
+
+    def time(self, of: str, seconds: Sequence[float], times: int = 1) -> None:
+        """Counts (whole duration, tokenisation, queue, inference). of: "te_request", or one of OF_TEXTS."""
+        for histogram, number in zip(self._times[of], seconds, strict=True):
+            histogram.observe(number, times)
 
     def on_batch(self, pieces: int, tokens: int) -> None:
         self.batch_size.observe(pieces)
@@ -68,6 +104,9 @@ class Metrics:
             metric = by_name.setdefault(name, Metric(name, "count", "unknown"))
             metric.add_sample(name, dict(labels), number)
         yield from by_name.values()
+        of_times = chain.from_iterable(self._times.values())
+        for histogram in (*of_times, self.input_length, self.batch_size, self.batch_tokens):
+            yield histogram.metric()
         requests, tokens = self.queued()
         yield GaugeMetricFamily("te_queue_size", "requests that wait", value=requests)
         yield GaugeMetricFamily("te_queue_tokens", "tokens that wait", value=tokens)

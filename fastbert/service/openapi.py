@@ -14,7 +14,10 @@ IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 
 TEXTS_OR_IDS = {"anyOf": [*TEXTS["anyOf"], IDS, {"type": "array", "items": IDS, "minItems": 1}]}
 SIDE = {"enum": ["Right", "Left", "right", "left", None]}
 PARAMETERS = {"type": ["object", "null"]}
-CUT = {"truncate": FLAG, "truncation_direction": SIDE}
+CUT = {
+    "truncate": FLAG, "truncation_direction": SIDE,
+    "truncate_prompt_tokens": {"type": ["integer", "null"], "minimum": -1}, "truncation_side": SIDE,
+}  # fmt: skip
 NUMBERS = ["float", "int8", "uint8", "binary", "ubinary"]
 DOCUMENT = {"anyOf": [TEXT, {"type": "object", "properties": {"text": TEXT}, "required": ["text"]}]}
 DOCUMENTS = {"type": "array", "items": DOCUMENT}
@@ -63,8 +66,6 @@ BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "/rerank": (
         RERANK | {"texts": {"type": "array", "items": TEXT, "minItems": 1}, "return_text": FLAG}, ("query",),
     ),
-    "/v1/rerank": (RERANK, ("query", "documents")),
-    "/v2/rerank": (RERANK, ("query", "documents")),
     "/v1/score": ({"text_1": TEXTS, "text_2": TEXTS, "queries": TEXTS, "documents": TEXTS, "model": NAME, **CUT}, ()),
     "/v1/embed": (
         {"texts": {"type": "array", "items": TEXT, "minItems": 1},
@@ -97,6 +98,8 @@ BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 _SAME = {
     "/embeddings": "/v1/embeddings",
     "/score": "/v1/score",
+    "/v1/rerank": "/rerank",
+    "/v2/rerank": "/rerank",
     "/v2/embed": "/v1/embed",
     "/v1": "/",
     "/invocations": "/",

@@ -281,13 +281,11 @@ class Service:
         call.tokens += sum(tokens)
         call.cut += job.prepared.cut
         total = time.perf_counter() - call.began
-        times = self.metrics.times
-        times["te_request_duration"].observe(total)
-        times["te_request_tokenization_duration"].observe(tokenising)
-        times["te_request_queue_duration"].observe(queued)
-        times["te_request_inference_duration"].observe(computing)
-        for length in tokens[:1]:  # only the first text of a request is counted; counting all would cost too much
-            self.metrics.input_length.observe(length)
+        seconds, of_texts = (total, tokenising, queued, computing), TEXT_COUNTS.get(call.name)
+        self.metrics.time("te_request", seconds)
+        if of_texts is not None:  # all texts of a request are tokenised, wait and are answered together
+            self.metrics.time(of_texts, seconds, len(texts))
+        self.metrics.input_length.observe_each(tokens)
         call.report = [
             (b"x-compute-type", b"cpu" if self.device.type == "cpu" else b"gpu"),
             (b"x-compute-time", b"%d" % (1000 * total)),

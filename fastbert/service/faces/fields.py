@@ -54,12 +54,19 @@ def choice(body: Mapping[str, Any], name: str, among: Sequence[str]) -> str | No
 
 def cutting(body: Mapping[str, Any], default: bool) -> dict[str, Any]:
     """How long texts are cut, as `prepare` of the work takes it: `truncate` as true or false, or as START, END or NONE;
-    Voyage's `truncation`; `truncation_direction`. default: whether they are cut if the request does not say."""
-    side = choice(body, "truncation_direction", ("right", "left"))
+    Voyage's `truncation`; `truncation_direction`; vLLM's `truncate_prompt_tokens`, where -1 stands for the model's
+    limit, and `truncation_side`. default: whether they are cut if the request does not say."""
+    sides = [choice(body, name, ("right", "left")) for name in ("truncation_direction", "truncation_side")]
+    side, limit = sides[0] or sides[1], take(body, "truncate_prompt_tokens", int) or None
+    if limit is not None:
+        default = True
+        if limit < -1:
+            raise ServiceError("invalid", "truncate_prompt_tokens must be -1 or more", param="truncate_prompt_tokens")
+    cut = {"side": side, "limit": None if limit == -1 else limit}
     if not isinstance(body.get("truncate"), str):
-        return {"truncate": take(body, "truncate", bool, take(body, "truncation", bool, default)), "side": side}
+        return cut | {"truncate": take(body, "truncate", bool, take(body, "truncation", bool, default))}
     word = choice(body, "truncate", ("none", "start", "end"))
-    return {"truncate": word != "none", "side": side or {"start": "left", "end": "right"}.get(word)}
+    return cut | {"truncate": word != "none", "side": side or {"start": "left", "end": "right"}.get(word)}
 
 
 def texts(value: Any, name: str) -> list[str]:

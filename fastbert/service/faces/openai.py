@@ -23,7 +23,8 @@ async def embeddings(service: Service, call: Call) -> dict[str, Any]:
     `dimensions` keeps that many numbers of each vector and restores its length; 0 and null keep all. Beyond OpenAI's
     fields: `prompt_name`, one of the model's prompts; `truncate`, where false refuses texts that would be cut;
     `normalize`. Of Voyage and Jina: `output_dtype` or `embedding_type`, such as "int8" or "binary"; `input_type` or
-    `task`, which choose the model's prompt for queries or documents; `truncation`, `normalized`.
+    `task`, which choose the model's prompt for queries or documents; `truncation`, `normalized`. Of vLLM:
+    `truncate_prompt_tokens`, `truncation_side`.
     """
     body = call.body
     encoding, numbers = _form(body)
@@ -94,8 +95,9 @@ async def models(service: Service, call: Call) -> dict[str, Any]:
 
 
 async def model(service: Service, call: Call) -> dict[str, Any]:
-    """The model of a name."""
-    return _described(service, service.models.named(call.scope["path_params"]["name"]))
+    """The model of a name; all models where there is only a slash."""
+    name = call.scope["path_params"]["name"]
+    return _described(service, service.models.named(name)) if name else await models(service, call)
 
 
 def _described(service: Service, model: Served) -> dict[str, Any]:

@@ -122,6 +122,8 @@ async def hub(service: Service, call: Call) -> Any:
     model = service.models.named(call.scope.get("path_params", {}).get("name"))
     call.body = body = {**body, "model": model.name}
     inputs, parameters = body.get("inputs"), fields.take(body, "parameters", dict)
+    if "query" in body and "inputs" not in body:  # text-embeddings-inference with a reranker
+        return await (cohere if "documents" in body else tei).rerank(service, call)
     if "texts" in body and "inputs" not in body:  # litellm posts Cohere's requests here
         return await cohere.embed_v2(service, call)
     if isinstance(inputs, dict) and "source_sentence" in inputs:

@@ -56,10 +56,12 @@ class Labels:
         *,
         truncate: bool = True,
         side: str | None = None,
+        limit: int | None = None,
         most: int | None = None,
     ) -> Prepared:
         """Tokenises. The answer is [N, labels] float32, logits of each text or pair.
 
+        limit: tokens of a text or a pair at most; None for the model's own limit.
         most: tokens of the second text of a pair at most.
         """
         windows: list[Window] = [None] * len(given)
@@ -67,12 +69,12 @@ class Labels:
         paired = [i for i, text in enumerate(given) if not isinstance(text, str)]
         cut = 0
         if alone:
-            ids, cut = self.texts.ids([given[i] for i in alone], truncate, side)
+            ids, cut = self.texts.ids([given[i] for i in alone], truncate, side, limit)
             for i, row in zip(alone, ids, strict=True):
                 windows[i] = Window(row, [0] * len(row), i)
         if paired:
             firsts, seconds = zip(*(given[i] for i in paired), strict=True)
-            encodings, cut_pairs = self.texts.pairs(firsts, seconds, truncate, side, most)
+            encodings, cut_pairs = self.texts.pairs(firsts, seconds, truncate, side, most, limit)
             cut += cut_pairs
             for i, encoding in zip(paired, encodings, strict=True):
                 windows[i] = Window(encoding.ids, encoding.type_ids, i)

@@ -34,12 +34,12 @@ class Texts:
         (empty,) = tokenizer.input_ids([""])
         self._before, self._after = empty[: self.head], empty[self.head :]
         added = tokenizer(["a"], ["a"]).special_tokens_mask[0].count(1) if of_pairs else self.head + self.tail
-        least = added + 1 + of_pairs
-        if limit < least:
+        self.least = added + 1 + of_pairs
+        if limit < self.least:
             what, own = ("pair of texts", "each text") if of_pairs else ("text", "the text")
             raise ValueError(
-                f"--max-text-tokens must be {least} or more, got {limit}: the tokenizer adds {added} tokens to every "
-                f"{what}, and one token of {own} has to be left"
+                f"--max-text-tokens must be {self.least} or more, got {limit}: the tokenizer adds {added} tokens to "
+                f"every {what}, and one token of {own} has to be left"
             )
         self.vocab_size = tokenizer.vocab_size
 
@@ -47,27 +47,37 @@ class Texts:
     def tokenizer(self) -> Tokenizer:
         return self._of_side[self.side]
 
-    def ids(self, texts: Sequence[str], truncate: bool, side: str | None = None) -> tuple[list[list[int]], int]:
+    def ids(
+        self, texts: Sequence[str], truncate: bool, side: str | None = None, limit: int | None = None
+    ) -> tuple[list[list[int]], int]:
         """(ids of each text, how many texts were cut).
 
-        Raises: ServiceError where a text is too long and is not to be cut, or is no valid Unicode.
+        limit: tokens of a text at most, here and below; the model's own limit where that is less.
+
+        Raises: ServiceError where a text is too long and is not to be cut, or is no valid Unicode, or for a limit that
+        leaves no token of a text.
         """
-        side = side or self.side
+        side, limit = side or self.side, self._limit(limit)
         try:
-            found = self._of_side[side].input_ids(texts, self.limit + 1)
+            found = self._of_side[side].input_ids(texts, limit + 1)
         except ValueError as error:
             raise ServiceError("tokenizer", str(error)) from error
-        return self._cut(found, truncate, side)
+        return self._cut(found, truncate, side, limit)
 
     def of_ids(
-        self, given: Sequence[Sequence[int]], truncate: bool, side: str | None = None, prompt: str = ""
+        self,
+        given: Sequence[Sequence[int]],
+        truncate: bool,
+        side: str | None = None,
+        prompt: str = "",
+        limit: int | None = None,
     ) -> tuple[list[list[int]], int]:
         """The same of ids that a client made: [CLS] and [SEP] are added where they are not there, and the tokens of the
         prompt are put before them.
 
         Raises: ServiceError where an id is none of the vocabulary.
         """
-        found = []
+        found, limit = [], self._limit(limit)
         (of_prompt,) = self.tokenizer.input_ids([prompt])
         before = of_prompt[: len(of_prompt) - self.tail]
         for number, ids in enumerate(given):
@@ -84,7 +94,7 @@ class Texts:
             if self._after and ids[-len(self._after) :] != self._after:
                 ids += self._after
             found.append(ids)
-        return self._cut(found, truncate, side or self.side)
+        return self._cut(found, truncate, side or self.side, limit)
 
     def pairs(
         self,
@@ -93,22 +103,24 @@ class Texts:
         truncate: bool,
         side: str | None = None,
         most: int | None = None,
+        limit: int | None = None,
     ) -> tuple[list[Any], int]:
         """(encodings of pairs, how many pairs were cut). Raises as `ids`.
 
         most: tokens of a second text at most. Its end is cut off first, whatever `truncate` and `side` say.
         """
+        limit = self._limit(limit)
         tokenizer, shortened = self._of_side[side or self.side], [False] * len(seconds)
-        if most is not None and most < self.limit:
+        if most is not None and most < limit:
             seconds = [self._of_side["right"].shortened("", text)[1] for text in seconds]
-            found, _ = self._encodings((seconds,), True, "right", add_special_tokens=False)
+            found, _ = self._encodings((seconds,), True, "right", self.limit, add_special_tokens=False)
             shortened = [len(encoding.ids) > most for encoding in found]
             seconds = [
                 text[: encoding.offsets[most - 1][1]] if is_cut else text
                 for text, encoding, is_cut in zip(seconds, found, shortened, strict=True)
             ]
-        pairs = [tokenizer.shortened(*pair, self.limit) for pair in zip(firsts, seconds, strict=True)]
-        found, cut = self._encodings(tuple(zip(*pairs, strict=True)), truncate, side)
+        pairs = [tokenizer.shortened(*pair, limit) for pair in zip(firsts, seconds, strict=True)]
+        found, cut = self._encodings(tuple(zip(*pairs, strict=True)), truncate, side, limit)
         return found, sum(map(max, cut, shortened))
 
     def encodings(self, texts: Sequence[str], truncate: bool, special: bool) -> tuple[list[Any], int]:
@@ -116,39 +128,47 @@ class Texts:
 
         special: whether [CLS] and [SEP] are among the tokens.
         """
-        found, cut = self._encodings((texts,), truncate, None, add_special_tokens=special)
+        found, cut = self._encodings((texts,), truncate, None, self.limit, add_special_tokens=special)
         return found, sum(cut)
 
     def _encodings(
-        self, given: tuple[Sequence[str], ...], truncate: bool, side: str | None, **options: Any
+        self, given: tuple[Sequence[str], ...], truncate: bool, side: str | None, limit: int, **options: Any
     ) -> tuple[list[Any], list[bool]]:
         try:
-            found = self._of_side[side or self.side](*given, max_length=self.limit, **options).encodings
+            found = self._of_side[side or self.side](*given, max_length=limit, **options).encodings
         except ValueError as error:
             raise ServiceError("tokenizer", str(error)) from error
         cut = [bool(encoding.overflowing) for encoding in found]
         if not truncate and any(cut):
-            raise self._too_long(cut.index(True))
+            raise self._too_long(cut.index(True), limit)
         return found, cut
 
-    def _cut(self, found: list[list[int]], truncate: bool, side: str) -> tuple[list[list[int]], int]:
+    def _cut(self, found: list[list[int]], truncate: bool, side: str, limit: int) -> tuple[list[list[int]], int]:
         cut = 0
         for number, ids in enumerate(found):
-            if len(ids) > self.limit:
+            if len(ids) > limit:
                 if not truncate:
-                    raise self._too_long(number)
+                    raise self._too_long(number, limit)
                 cut += 1
                 if side == "right":
-                    found[number] = ids[: self.limit - self.tail] + ids[len(ids) - self.tail :]
+                    found[number] = ids[: limit - self.tail] + ids[len(ids) - self.tail :]
                 else:
-                    found[number] = ids[: self.head] + ids[len(ids) - self.limit + self.head :]
+                    found[number] = ids[: self.head] + ids[len(ids) - limit + self.head :]
         return found, cut
 
-    def _too_long(self, number: int) -> ServiceError:
+    def _limit(self, asked: int | None) -> int:
+        if asked is not None and asked < self.least:
+            raise ServiceError(
+                "invalid", f"truncate_prompt_tokens must be {self.least} or more with this model, or -1, got {asked}",
+                param="truncate_prompt_tokens",
+            )  # fmt: skip
+        return self.limit if asked is None else min(asked, self.limit)
+
+    def _too_long(self, number: int, limit: int) -> ServiceError:
         # Clients look for the words "context length", some of them to send the text again in parts.
         return ServiceError(
             "too_large",
-            f"text {number} exceeds the context length of {self.limit} tokens that this model is served with, and the "
+            f"text {number} exceeds the context length of {limit} tokens that this model is served with, and the "
             "request says that it must not be cut",
             code="context_length_exceeded",
         )

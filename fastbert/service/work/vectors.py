@@ -80,16 +80,18 @@ class Vectors:
         prompt: str = "",
         truncate: bool = True,
         side: str | None = None,
+        limit: int | None = None,
         normalize: bool | None = None,
         dimensions: int | None = None,
     ) -> Prepared:
         """Tokenises. The answer is [N, dimensions] float32, a row for each text or list of ids.
 
         Args:
+            limit: tokens of a text at most; None for the model's own limit.
             normalize: None for what the model's folder says.
             dimensions: numbers of a vector that are kept, which is normalised afterwards where it was before.
         """
-        ids, cut = self._ids(given, prompt, truncate, side)
+        ids, cut = self._ids(given, prompt, truncate, side, limit)
         lane = self._by_prompt.get(prompt, self._plain)
         wanted = self.normalize if normalize is None else normalize
 
@@ -104,13 +106,19 @@ class Vectors:
         return Prepared([Piece(lane, row, len(row)) for row in ids], list(map(len, ids)), cut, finish)
 
     def prepare_states(
-        self, given: Sequence[str], *, prompt: str = "", truncate: bool = True, side: str | None = None
+        self,
+        given: Sequence[str],
+        *,
+        prompt: str = "",
+        truncate: bool = True,
+        side: str | None = None,
+        limit: int | None = None,
     ) -> Prepared:
         """The same of every token: the answer is a list of [tokens, C] float32.
 
         Raises: ServiceError where the answer would have more than MOST_NUMBERS.
         """
-        ids, cut = self._ids(given, prompt, truncate, side)
+        ids, cut = self._ids(given, prompt, truncate, side, limit)
         numbers = sum(map(len, ids)) * self.encoder.token_dimension
         if numbers > MOST_NUMBERS:
             raise ServiceError(
@@ -120,10 +128,12 @@ class Vectors:
             )
         return Prepared([Piece(self._states, row, len(row)) for row in ids], list(map(len, ids)), cut)
 
-    def _ids(self, given: Sequence, prompt: str, truncate: bool, side: str | None) -> tuple[list[list[int]], int]:
+    def _ids(
+        self, given: Sequence, prompt: str, truncate: bool, side: str | None, limit: int | None
+    ) -> tuple[list[list[int]], int]:
         if given and not isinstance(given[0], str):
-            return self.texts.of_ids(given, truncate, side, prompt)
-        return self.texts.ids([prompt + text for text in given] if prompt else given, truncate, side)
+            return self.texts.of_ids(given, truncate, side, prompt, limit)
+        return self.texts.ids([prompt + text for text in given] if prompt else given, truncate, side, limit)
 
 
 class _Pooled:
