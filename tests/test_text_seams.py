@@ -1,16 +1,14 @@
 """A long text is cut before byte-level BPE or Unigram tokenises it, and this changes no token that is kept."""
 
-import functools
 import os
 import random
-import unicodedata
 
 import pytest
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
 from cut_tokenizers import BACKENDS, BYTES, XLM_R, N, P, made, text_of
-from fastbert.text import characters, seams, unknown
+from fastbert.text import seams, unknown
 from fastbert.text.cutting import Cutter, KeptCutter
 from fastbert.text.seams import Seams
 from fastbert.text.tokenizer import Tokenizer as OurTokenizer
@@ -146,21 +144,6 @@ def test_little_of_a_text_of_megabytes_is_tokenised(name, kind):
         assert len(cutter.ending(long, 254, True)) <= 255 * 128
 
 
-def test_characters_that_begin_a_segment():
-    """Normalised apart from whatever is before them, of all characters that Unicode knows how to normalise."""
-    codes = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    behind = [char for char in codes if characters.BEGINNING.match(char)]
-    before = [char for char in codes if unicodedata.decomposition(char) or unicodedata.combining(char)]
-    before += [chr(code) for code in (*range(0x1100, 0x1200), *range(0x41, 0x5B), 0x995, 0x3046)]
-    draw = random.Random(0)
-    for form in ("NFC", "NFD", "NFKC", "NFKD"):
-        normalise = functools.partial(unicodedata.normalize, form)
-        for char in before:
-            for other in draw.choices(behind, k=6):
-                assert normalise(char + other) == normalise(char) + normalise(other), (form, char, other)
-    assert not any(unicodedata.combining(char) for char in behind)
-
-
 OTHERS = {
     "an unknown normalizer": lambda: made("bpe", N.Replace(Regex("a b"), "c"), BYTES),
     "an unknown expression": lambda: made("bpe", None, P.Sequence([P.Split(Regex(r"\w+ \w+"), "isolated"), BYTES])),
@@ -209,37 +192,16 @@ def test_a_mark_behind_the_letter_at_a_seam():
     assert seen._is_seam(text + ".", 41)
 
 
-def test_unknown_characters_are_left_out_of_long_runs():
-    """All are one token, so only a few stay; not if the word goes on behind them, or if they may be a token."""
-    backend, run = BACKENDS["XLM-R"](), "\U00012000\u0e44" * 5000
-    plain = functools.partial(backend.encode, add_special_tokens=False)
-    for text in (run, "ab" + run, "ab" + run + " ab" + run + "\nab"):
-        short = Seams(backend)._shortened(text)
-        assert len(short) < 600
-        assert plain(short).ids == plain(text).ids
-    for text in (run + "ab", run + "\u0301", run + "<mask>", "가" * 10_000 + "각"):
-        assert plain(Seams(backend)._shortened(text)).ids == plain(text).ids
-    assert Seams(backend)._shortened(run + "ab") == run + "ab"
-    backend.add_tokens(["\u0e44\U00012000"])
-    assert Seams(backend)._shortened(run) == run
-    of_letters = BACKENDS["BARThez"]()
-    assert len(Seams(of_letters)._shortened(run + "ab" + run)) < 600  # BPE adds up no scores
-    of_letters.model.fuse_unk = False
-    assert Seams(of_letters)._shortened(run) == run
-
-
-def test_a_token_of_characters_that_are_none_themselves():
-    """In such a text they are not unknown."""
-    pieces = [("<unk>", 0.0), ("▁", -1.0), ("a", -2.0), ("\u0e44\U00012000", -3.0), ("\u0e44a", -3.0)]
-    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
-    backend.pre_tokenizer = XLM_R
-    for text, is_shorter in (("\u0e44\U00012000" * 500, False), ("\u0e44" * 1000, True), ("\u0e44" * 999 + "a", False)):
-        short = Seams(backend)._shortened(text)
-        assert (len(short) < len(text)) == is_shorter
-        assert backend.encode(short).ids == backend.encode(text).ids
-    by_bytes = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
-    by_bytes.pre_tokenizer = XLM_R
-    assert len(Seams(by_bytes)._shortened("\u0e44" * 1000)) == 1000
+def test_a_jamo_behind_the_syllable_at_a_seam():
+    """Normalisation makes a jamo of the letter, and joins it with the syllable before it."""
+    backend = made("bpe", N.NFKC(), BYTES, ["x갃"])
+    assert Seams(backend)._is_seam("." * 40 + "x가나", 41)
+    assert not Seams(backend)._is_seam("." * 40 + "x가ㄳ", 41)
+    text = ("." * 39 + " x가ㄳ") * 100
+    whole = backend.encode(text, add_special_tokens=False).ids
+    for kept in range(1, 30):
+        ids = backend.encode(Cutter(backend).text(text, kept), add_special_tokens=False).ids
+        assert ids[:kept] == whole[:kept]
 
 
 def test_a_cutter_is_kept_until_its_tokenizer_changes():

@@ -28,9 +28,7 @@ def joins(char: str) -> bool:
 
 def is_ending(char: str) -> bool:
     """Whether a character ends a grapheme cluster if one of `BEGINNING` follows, and is no whitespace."""
-    if _JAMO.match(char) or _STICKING.match(char):
-        return False
-    return unicodedata.category(char)[0] in "LNPSM" and not char.isspace()
+    return unicodedata.category(char)[0] in "LNPSM" and not (_JAMO.match(char) or _STICKING.match(char))
 
 
 def is_white(text: str) -> bool:
@@ -44,6 +42,5 @@ def is_space(char: str) -> bool:
 
 def is_apart(char: str) -> bool:
     """Whether a character is normalised apart from a space or a character of `BEGINNING` before it."""
-    if BEGINNING.match(char):
-        return True
-    return unicodedata.category(char)[0] in "LN" and not _JAMO.match(char) and char not in _JOINING
+    first = unicodedata.normalize("NFKD", char)[0]  # of some letters a mark or a jamo
+    return bool(BEGINNING.match(char)) or (unicodedata.category(first)[0] in "LN" and not _JAMO.match(first))

@@ -341,7 +341,7 @@ class Seams:
 
     @cached_property
     def _longest(self) -> int:
-        return max(map(len, self._vocabulary))
+        return max(map(len, self._vocabulary), default=0)
 
     def _tokenised(self, text: str) -> tuple[list[int], list[str], list[int | None]]:
         """(ids, pieces, numbers of words), without special tokens, by a backend that may truncate and pad."""

@@ -40,8 +40,8 @@ class Unknown:
         self._ends_words = ends_words
         pieces = backend.get_vocab(with_added_tokens=False)
         self._alphabet = {piece for piece in pieces if len(piece) == 1}
-        self._longest = max(map(len, pieces))
-        # Such tokens cover characters that are none by themselves. BPE has to make them of tokens.
+        self._longest = max(map(len, pieces), default=0)
+        # Such tokens cover characters that are none by themselves.
         self._rare = [set(piece) for piece in pieces if self._alphabet.isdisjoint(piece)]
         self._kinds = np.zeros(_CODES, np.uint8)
         self._kinds[0xD800:0xE000] = _KNOWN
@@ -64,7 +64,7 @@ class Unknown:
             if end - start > 2 * _PART and self._are_one_token(text, end, kinds):
                 kept.append(text[at : start + _PART])
                 at = end - _PART
-        return "".join([*kept, text[at:]]) if kept else text
+        return "".join([*kept, text[at:]])
 
     def _are_one_token(self, text: str, end: int, kinds: np.ndarray) -> bool:
         """Whether that is certain of unknown characters before this place, with those that follow."""
@@ -76,11 +76,9 @@ class Unknown:
 
     @cached_property
     def _are_fused(self) -> bool:
-        model = self._model
-        if isinstance(model, models.BPE):
-            return bool(model.unk_token and model.fuse_unk and not model.byte_fallback)
-        state = json.loads(model.__getstate__())
-        return state["unk_id"] is not None and not state["byte_fallback"]
+        if isinstance(self._model, models.BPE):
+            return self._model.fuse_unk and not self._model.byte_fallback
+        return not json.loads(self._model.__getstate__())["byte_fallback"]
 
     def _codes(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -92,7 +90,8 @@ class Unknown:
             self._kinds[code] = self._kind(chr(code))
         unknown = [chr(code) for code in codes[self._kinds[codes] == _UNKNOWN].tolist()]
         made = set("".join(map(self._becomes, unknown)))
-        if isinstance(self._model, models.BPE) or not (covered := set().union(*(p for p in self._rare if p <= made))):
+        covered = set().union(*(piece for piece in self._rare if piece <= made))
+        if not covered:
             return self._kinds
         kinds = self._kinds.copy()
         kinds[[ord(char) for char in unknown if not covered.isdisjoint(self._becomes(char))]] = _KNOWN
@@ -103,5 +102,5 @@ class Unknown:
         if category == "Sk" or not (category[0] in "LNSP" or category in ("Cc", "Co")):
             return _KNOWN
         made = set(self._becomes(char))
-        is_known = not made or made & self._alphabet or any(map(is_space, made)) or joins(char)
+        is_known = not made or made & self._alphabet or any(map(is_space, made)) or any(map(joins, {char, *made}))
         return _KNOWN if is_known or self._avoided & {char, *made} else _UNKNOWN
