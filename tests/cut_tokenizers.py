@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import random
 import struct
 from pathlib import Path
@@ -74,9 +75,22 @@ def trained(kind: str) -> tokenizers.Tokenizer:
     return backend
 
 
+def of_bytes(kind: str) -> tokenizers.Tokenizer:
+    """With tokens for the bytes of characters that have none."""
+    state = json.loads(trained(kind).to_str())
+    model, pieces = state["model"], [f"<0x{byte:02X}>" for byte in range(256)]
+    model["byte_fallback"] = True
+    if isinstance(model["vocab"], list):
+        model["vocab"] += [[piece, -20.0] for piece in pieces]
+    else:
+        model["vocab"] |= {piece: i for i, piece in enumerate(pieces, len(model["vocab"]))}
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
 def made(kind, normalizer, pre_tokenizer, added=()):
     """A tokenizer with [CLS], [SEP] and [UNK], as our `Tokenizer` demands, and RoBERTa's <mask>."""
-    backend = tokenizers.Tokenizer.from_str(trained(kind).to_str())
+    backend = of_bytes(kind[: -len(" of bytes")]) if kind.endswith(" of bytes") else trained(kind)
+    backend = tokenizers.Tokenizer.from_str(backend.to_str())
     backend.normalizer = normalizer or normalizers.Sequence([])
     backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.Sequence([])
     backend.add_special_tokens(["[CLS]", "[SEP]", "[UNK]", "<s>", AddedToken("<mask>", lstrip=True)])
@@ -120,6 +134,8 @@ BACKENDS = {
     "NFKC": lambda: made("unigram", N.NFKC(), P.Metaspace(prepend_scheme="first")),
     "BARThez": lambda: made("bpe of letters", SENTENCEPIECE, XLM_R),
     "newlines are spaces": lambda: made("unigram", N.Replace(Regex(r"(\n){1,}"), " "), P.Metaspace()),
+    "Unigram of bytes": lambda: made("unigram of bytes", None, P.Metaspace()),
+    "BPE of bytes": lambda: made("bpe of letters of bytes", None, P.Metaspace()),
     "no split": lambda: made("unigram", N.Prepend("▁"), P.Metaspace(split=False)),
     "BPE added": lambda: made("bpe", N.NFC(), BYTES, MADE_UP),
     "Unigram added": lambda: made("unigram", SENTENCEPIECE, XLM_R, MADE_UP),

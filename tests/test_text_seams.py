@@ -322,26 +322,29 @@ def test_ends_of_texts_that_begin_with_other_tokens():
 
 SHORT = [
     "a \n \n \n \n. b", "foo.... ----", "x" * 30, "xyxyxyxyxyxy a aaaa", "aaaa aaaaaa<mask>", "don't 'we're'",
-    "中文字一二三中文字", "a<mask>  b", "..,,..,,..", "ไไไไ ไ",
+    "中文字一二三中文字", "a<mask>  b", "..,,..,,..", "ไไไไ ไ", "aไไไbไไa",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["RoBERTa", "Qwen", "XLM-R", "BARThez", "no split"])
+@pytest.mark.parametrize(
+    "name", ["RoBERTa", "Qwen", "XLM-R", "BARThez", "no split", "Unigram of bytes", "BPE of bytes"]
+)
 def test_tokens_that_are_final(name):
     """At all places of short texts: if as many tokens are final there, the whole text has them."""
     backend = BACKENDS[name]()
     seen, sure = Seams(backend), 0
     for text in SHORT:
-        whole = backend.encode(text, add_special_tokens=False).ids
+        whole = backend.encode(text, add_special_tokens=False)
         for at in range(1, len(text)):
             if not (seen._is_seam(text, at) or (text[at - 1 : at + 1].isspace() and seen._is_in_gap(text, at))):
                 continue
-            here = backend.encode(text[:at], add_special_tokens=False).ids
+            here = backend.encode(text[:at], add_special_tokens=False)
             for wanted in range(1, len(here) + 2):
                 if seen._has_final(text, at, wanted):
                     sure += 1
                     assert len(here) >= wanted
-                    assert here[:wanted] == whole[:wanted], (text, at, wanted)
+                    assert here.ids[:wanted] == whole.ids[:wanted], (text, at, wanted)
+                    assert here.offsets[: wanted - 1] == whole.offsets[: wanted - 1], (text, at, wanted)
     assert sure > 20
 
 
@@ -354,6 +357,17 @@ def test_a_space_behind_a_newline_begins_no_word():
     assert backend.encode(text[:3]).ids == [2, 0]
     assert not seen._has_final(text, 3, 2)
     assert backend.encode(text).ids[:2] == [2, 2]
+
+
+def test_bytes_of_an_unknown_character_before_a_seam():
+    """They are those of a token with what is behind, where that has one."""
+    bytes_of = {f"<0x{byte:02X}>": -9.0 for byte in range(256)}
+    model = models.Unigram([*{"<unk>": 0.0, "a": -3.0, "ไa": -1.0, **bytes_of}.items()], unk_id=0, byte_fallback=True)
+    seen, text = Seams(tokenizers.Tokenizer(model)), "." * 3 + "ไa"
+    assert len(seen._tokenised(text)[0]) == 3 + 1
+    assert len(seen._tokenised(text[:4])[0]) == 3 + 3
+    assert not seen._has_final(text, 4, 5)
+    assert not seen._has_final(text, 4, 4)
 
 
 def test_an_unknown_token_may_go_on():

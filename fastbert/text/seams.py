@@ -60,6 +60,8 @@ _OF_WORDS = (
 )
 # Two words, or one with the letter behind, as in "'re", "'ve" and "'ll".
 _CONTRACTED = re.compile("'[rvl]$", re.IGNORECASE)
+# A token that is one byte of a character without a token.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 # Characters per wanted token from which on a text is cut. The beginning is tokenised once more to count its tokens.
 _WORTH_CUTTING = 16
 # Characters per wanted token of the beginnings that are tried.
@@ -315,16 +317,20 @@ class Seams:
         before = words.index(words[-1])  # the tokens before the last word
         if before >= wanted:
             return True
-        missing, model, word = wanted - before, self._backend.model, "".join(pieces[before:])
-        own = [token.id for token in model.tokenize(word)]
-        if own != ids[before:]:  # an added token, or tokens that are not the characters they stand for
+        missing, word = wanted - before, "".join(pieces[before:])
+        own = self._of_word(word)
+        if [index for index, _ in own] != ids[before:]:  # an added token, or tokens of other characters than their own
             return False
         for end in self._ends_of_tokens(word):
-            found = own if end == len(word) else [token.id for token in model.tokenize(word[:end])]
-            # A last token of unknown characters would go on.
-            if len(found) <= missing or found[:missing] != own[:missing]:
+            found = own if end == len(word) else self._of_word(word[:end])
+            # A last token of unknown characters would go on. In Unigram, all their bytes have one place.
+            if found[:missing] != own[:missing] or found[missing - 1][1] == found[-1][1]:
                 return False
         return True
+
+    def _of_word(self, word: str) -> list[tuple[int, tuple[int, int]]]:
+        """(id, place) of each token."""
+        return [(token.id, token.offsets) for token in self._backend.model.tokenize(word)]
 
     def _ends_of_tokens(self, word: str) -> Iterator[int]:
         """Each place at which a token of a longer word can end and another begin that reaches over the word's end."""
@@ -344,7 +350,10 @@ class Seams:
         return max(map(len, self._vocabulary), default=0)
 
     def _tokenised(self, text: str) -> tuple[list[int], list[str], list[int | None]]:
-        """(ids, pieces, numbers of words), without special tokens, by a backend that may truncate and pad."""
+        """(ids, pieces, numbers of words), without special tokens, by a backend that may truncate and pad.
+
+        In place of a token of unknown characters, or of the first of their bytes, is what it stands for.
+        """
         truncation = self._backend.truncation
         if truncation is not None and (truncation["stride"] or truncation["direction"] != "right"):
             return [], [], []
@@ -354,10 +363,11 @@ class Seams:
         for part in (encoding, *encoding.overflowing):
             real = sum(part.attention_mask)
             at = slice(real) if not real or part.attention_mask[0] else slice(-real, None)
-            pieces = part.tokens
-            if unknown in pieces:
-                places = zip(pieces, part.offsets, strict=True)
-                pieces = [self._normalised(text[slice(*place)]) if p == unknown else p for p, place in places]
+            pieces, last = part.tokens, None
+            for i, (piece, place) in enumerate(zip(pieces, part.offsets, strict=True)):
+                if piece == unknown or _BYTE.fullmatch(piece):
+                    pieces[i] = self._normalised(text[slice(*place)]) if place != last else ""
+                    last = place
             for whole, of_part in zip(found, (part.ids, pieces, part.word_ids), strict=True):
                 whole.extend(of_part[at])
         return found
