@@ -134,7 +134,7 @@ class Seams:
         for size in sizes:
             if size * wanted >= len(text):
                 return None
-            if SURROGATE.search(text, 0, size * wanted):
+            if SURROGATE.search(text, 0, size * wanted + 1):
                 return len(text)  # the text is refused when it is tokenised
             at = self._seam_before(text, size * wanted)
             if at and self._has_final(text, at, wanted):
@@ -148,7 +148,7 @@ class Seams:
             return text
         for size in _SIZES:
             start = len(text) - size * wanted
-            if start <= 0 or SURROGATE.search(text, start):
+            if start <= 0 or SURROGATE.search(text, max(start - _LONGEST_CLUSTER, 0)):
                 return text
             at = next((at for at in self._spaces(text, start, start + _SEARCHED)[::-1] if self._begins(text, at)), None)
             if at is not None and len(self._tokenised(text[at:])[0]) >= wanted:

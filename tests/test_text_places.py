@@ -1,0 +1,64 @@
+"""How much of a long text is tokenised to cut it, at which places, and which texts are refused."""
+
+import pytest
+
+from cut_tokenizers import BACKENDS
+from fastbert.text.cutting import Cutter
+from fastbert.text.seams import Seams
+from fastbert.text.tokenizer import Tokenizer as OurTokenizer
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture
+def tokenised(monkeypatch):
+    """The number of characters of each text that is tokenised to cut others."""
+    lengths, of = [], Seams._tokenised
+    monkeypatch.setattr(Seams, "_tokenised", lambda self, text: lengths.append(len(text)) or of(self, text))
+    return lengths
+
+
+def told(tokenizer: OurTokenizer, text: str) -> list | str:
+    try:
+        return tokenizer.input_ids([text], 8)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["RoBERTa", "ModernBERT", "XLM-R", "no words"])
+def test_a_lone_surrogate_wherever_it_is(name, side):
+    """A text is refused for it if it is in the part that is looked at. Otherwise the ids are those without."""
+    tokenizer = OurTokenizer(BACKENDS[name](), {"truncation_side": side})
+    for part in ("a b ", "a \u0301\u0323"):
+        text = part * 500
+        ids, found = told(tokenizer, text), []
+        for place in range(140):
+            at = place if side == "right" else len(text) - 1 - place
+            char = "\ud800\udfff"[place % 2]
+            refused = f"text 0 is not valid Unicode: lone surrogate U+{ord(char):04X} at character {at}"
+            found.append(told(tokenizer, text[:at] + char + text[at + 1 :]))
+            assert found[-1] in (ids, refused)
+        assert all(isinstance(one, str) for one in found[:56])
+
+
+def test_little_of_a_text_without_spaces_is_tokenised(tokenised):
+    for name in ("RoBERTa", "XLM-R"):
+        assert Cutter(BACKENDS[name]()).ending("中" * 100_000, 9) == "中" * 100_000
+    assert max(tokenised, default=0) < 10_000
+
+
+def test_texts_that_are_hardly_too_long_are_not_tokenised(tokenised):
+    cutter = Cutter(BACKENDS["XLM-R"]())
+    for text in ("ab " * 3, "ab " * 53):
+        assert cutter.ending(text, 9) == cutter.text(text, 9) == text
+    assert not tokenised
+    assert len(cutter.ending("ab " * 54, 9)) < 162
+
+
+def test_long_gaps_before_the_end_of_a_text():
+    """They are shortened where places may change."""
+    cutter = Cutter(BACKENDS["DeBERTa"]())
+    text = "ab" * 50 + " " * 100_000 + "ab"
+    assert cutter.ending(text, 9) == text
+    assert len(cutter.ending(text, 9, True)) < 1000
