@@ -1,8 +1,9 @@
 """How much of a long text is tokenised to cut it, at which places, and which texts are refused."""
 
 import pytest
+from tokenizers import Regex
 
-from cut_tokenizers import BACKENDS
+from cut_tokenizers import BACKENDS, BYTES, XLM_R, N, made
 from fastbert.text.cutting import Cutter
 from fastbert.text.seams import Seams
 from fastbert.text.tokenizer import Tokenizer as OurTokenizer
@@ -62,3 +63,31 @@ def test_long_gaps_before_the_end_of_a_text():
     text = "ab" * 50 + " " * 100_000 + "ab"
     assert cutter.ending(text, 9) == text
     assert len(cutter.ending(text, 9, True)) < 1000
+
+
+GAPS = {
+    "two spaces become a letter": N.Replace("  ", "q"),
+    "spaces become a letter": N.Replace(Regex(" {2,}"), "q"),
+    "spaces disappear": N.Replace(Regex(" {2,}"), ""),
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+def test_gaps_that_are_more_than_the_end_of_a_word(name):
+    """A pre-tokenizer drops spaces, but a normalizer puts something else in their place."""
+    backend = made("unigram", GAPS[name], XLM_R)
+    for gap in (" " * 100, "\t" + " " * 100, " " + "\t" * 100, " " * 100 + "\t", " \t" * 50, " " + "\t" * 98 + " "):
+        text = f"ab{gap}ab"
+        assert backend.encode(Seams(backend)._shortened(text)).ids == backend.encode(text).ids, gap
+    assert len(Seams(made("unigram", N.Replace(Regex(r"\s+"), " "), XLM_R))._shortened(text)) < len(text)
+
+
+def test_tokens_that_stand_for_a_whole_gap():
+    """Here three, of the bytes of one letter. Their place is the whole gap, and so no text is cut within it."""
+    backend = made("bpe", N.Replace(Regex(r"\s{2,}"), "▁"), BYTES)
+    for text in ("\n" * 500 + "0 ab", "ab" + " " * 500 + "ab"):
+        whole = backend.encode(text, add_special_tokens=False)
+        for kept in (1, 2, 3, 4):
+            cut = backend.encode(Cutter(backend).text(text, kept), add_special_tokens=False)
+            assert cut.offsets[:kept] == whole.offsets[:kept]
+            assert cut.ids[:kept] == whole.ids[:kept]

@@ -86,8 +86,10 @@ class Seams:
         self._contents = {*contents, *map(self._normalised, contents)} - {""}
         self._ends = {content[-1] for content in self._contents}
         self._starts = {content[0] for content in self._contents}
-        replaced = [_pattern(step)[0] or "" for step in steps if isinstance(step, normalizers.Replace)]
-        self._avoided = set("".join(pattern for pattern in replaced if len(pattern) > 1))
+        patterns = [_pattern(step) for step in steps if isinstance(step, normalizers.Replace)]
+        self._avoided = set("".join(of_text for of_text, _ in patterns if of_text and len(of_text) > 1))
+        # What a normalizer puts in place of several spaces.
+        self._for_spaces = [content for _, (expression, content) in patterns if expression]
         self._is_plain = not steps
         self._strips = any(isinstance(step, normalizers.Strip) for step in steps)
         self._spaces_end_words = any(_splits_at_spaces(part) for part in words)
@@ -96,7 +98,9 @@ class Seams:
         self._mixes_spaces = not any(isinstance(step, normalizers.Replace) for step in steps) and all(
             isinstance(part, pre_tokenizers.ByteLevel) and part.use_regex for part in words
         )
-        self._drops_spaces = any(isinstance(part, pre_tokenizers.WhitespaceSplit) for part in words)
+        self._drops_spaces = all(map(str.isspace, self._for_spaces)) and any(
+            isinstance(part, pre_tokenizers.WhitespaceSplit) for part in words
+        )
         # Where an end of a text is tokenised by itself, its first word must not get another mark of a beginning.
         self._keeps_ends = not any(isinstance(step, normalizers.Prepend) for step in steps) and all(
             part.prepend_scheme == "always" for part in words if isinstance(part, pre_tokenizers.Metaspace)
@@ -298,7 +302,7 @@ class Seams:
             return None
         one = self._normalised("x x")
         if self._drops_spaces:
-            spaces = [space for space in _GAPS if self._becomes(space).isspace()]
+            spaces = [space for space in _GAPS if self._becomes(space).isspace() and space not in self._avoided]
         else:
             spaces = [space for space in _GAPS if all(self._normalised(f"x{' ' * n}{space}x") == one for n in (1, 2))]
             if any(self._normalised(f"x{first}{second}x") != one for first in spaces for second in spaces):
@@ -317,6 +321,8 @@ class Seams:
         before = words.index(words[-1])  # the tokens before the last word
         if before >= wanted:
             return True
+        if self._for_spaces and text[at - 1 : at + 1].isspace():
+            return False  # the place of what stands for all spaces of a gap goes on
         missing, word = wanted - before, "".join(pieces[before:])
         own = self._of_word(word)
         if [index for index, _ in own] != ids[before:]:  # an added token, or tokens of other characters than their own
