@@ -181,6 +181,8 @@ ALPHABETS = alphabets(WORDS) | {
     "unknown words": [*map(chr, range(0x12000, 0x12010)), " ", "a", "ﾞ", "\u0301", "ᅡ"],
     "one letter": ["a", "aa", "aaa"],
     "gaps": [" ", "  ", "   ", "<mask>", "a", "\n"],
+    "lines": [" ", "\t", "\n", "\r", "\r\n", "  ", "\u00a0", "a", "."],
+    "empty lines": [" ", "\t", "\n", "\r\n"],
     "long gaps": [" " * 40, "\n" * 30, "<mask>", "abc ", ".", " \n" * 40],
     "accents": ["e\u0301", "a\u0300\u0323", "\u0301", " e", "é", "x\u0302"],
     "marks": [*".,;!?'-()[]", " ", "a"],

@@ -159,6 +159,29 @@ def test_a_text_that_cannot_be_tokenised_fails_alone():
     run(test)
 
 
+def test_a_panic_in_tokenising_ends_no_thread():
+    """A panic of a library in Rust is no Exception."""
+
+    class Panic(BaseException):
+        pass
+
+    async def test():
+        async with Rig() as rig:
+
+            def panics():
+                raise Panic("a secret")
+
+            for _ in range(3):  # more than there are threads
+                bad = Job(rig.queue, panics, 30)
+                rig.engine.submit(bad)
+                with pytest.raises(ServiceError, match="failed on this request \\(Panic\\)"):
+                    await bad.answer
+            assert rig.engine.is_alive
+            assert await rig.ask(1).answer == [2]
+
+    run(test)
+
+
 def test_an_overloaded_server_says_so_at_once():
     async def test():
         async with Rig(budget=100, bound=50) as rig:

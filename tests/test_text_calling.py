@@ -8,6 +8,7 @@ import threading
 import weakref
 
 import pytest
+import tokenizers
 
 from fastbert.text import calling
 from fastbert.text.tokenizer import Tokenizer
@@ -46,6 +47,19 @@ def test_a_long_call_has_the_results_of_a_short_one(monkeypatch):
     assert tokenizer(["a b a"]).input_ids == short
     with pytest.raises(ValueError, match=r"text 1 is not valid Unicode: lone surrogate U\+D800 at character 1"):
         tokenizer.input_ids(["a", "a\ud800"])
+
+
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_panic_of_the_library_is_an_error(is_long, monkeypatch):
+    """It is no Exception, so that it ended the thread of a server in which it came. Qwen's expression panics on a gap
+    of ten million spaces; this one needs fewer letters."""
+    tokenizer = Tokenizer.from_words(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"], lowercase=True)
+    tokenizer._backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+b"), "isolated")
+    if is_long:
+        monkeypatch.setattr(calling, "LONG_CALL", 0)
+    for call in (tokenizer.input_ids, tokenizer):
+        with pytest.raises(ValueError, match="the tokenizers library failed on a text"):
+            call(["a" * 40])
 
 
 def test_an_error_does_not_keep_texts_in_memory(monkeypatch):

@@ -116,12 +116,17 @@ TEN_MEGABYTES = {
     "apostrophes": "'",
     "quotations": "'r",
     "white": " \t\u00a0",
+    "empty lines": " \t\r\n",
+    "lines of a letter": "a\n \n",
     "signs": "\u200b",
 }
 
 
 UNCUT = {
-    ("Qwen", "white"): "newlines decide how its gaps are split, so that only gaps of equal spaces are cut",
+    **{
+        (name, "lines of a letter"): "only a space behind another character is a seam, and a place within a word"
+        for name in ("XLM-R", "DeBERTa", "BARThez")
+    },
     ("BARThez", "accents"): "marks are normalised with the letters before them, so that they count as known",
     **{
         (name, kind): "not among the characters that begin a segment"
@@ -142,6 +147,11 @@ def test_little_of_a_text_of_megabytes_is_tokenised(name, kind):
     assert len(cutter.text(long, 254, True)) <= 255 * 128
     if kind in ("words", "hindi"):
         assert len(cutter.ending(long, 254, True)) <= 255 * 128
+
+
+def test_a_gap_of_megabytes_before_a_newline():
+    """Qwen's expression ends in a panic of the library there."""
+    assert len(Cutter(BACKENDS["Qwen"]()).text("a" + " " * 10_000_000 + "\nb", 254)) <= 255 * 128
 
 
 OTHERS = {
@@ -293,8 +303,9 @@ NO_GAPS = {
     "a space that becomes a sign": (small(N.Replace("\n", "_")), "a\n\n\n|\n\n\nb"),
     "the end of a stripped text": (small(N.Strip()), "a   |   "),
     "one space more": (small(), "a   | b"),
-    "another space behind": (small(None, GPT_4), "a\t\t\t|\t\t\t b"),
-    "a newline behind": (small(None, GPT_4), "a   |   \nb"),
+    "between two newlines": (small(None, GPT_4), "a\n\t\t|\t\t \n \tb"),
+    "within an end of a line": (small(None, GPT_4), "a \t\r|\n \tb"),
+    "before the last newline": (small(None, GPT_4), "a\r   |   \nb"),
     "an added token behind": (small(added=["<m>"]), "a   |   <"),
     "an added token behind, normalised": (small(N.Replace("q", "<"), added=["<m>"]), "a   |   q"),
     "a letter that no segment begins with": (small(), "a   |   \u0301"),
@@ -307,7 +318,8 @@ def test_gaps_that_are_not_cut(name):
     assert not seen._is_in_gap(text.replace("|", ""), text.index("|"))
     assert small()._is_in_gap("a   |  b".replace("|", ""), 4)
     assert small()._is_in_gap("a \t \u00a0\t", 4)
-    assert small(None, GPT_4)._is_in_gap("a\t\t\t\t\tb", 3)
+    for gap in ("\t\t|\t\t\t", "\t\t|\t\t ", "\n\t|\t\t ", "\t\n| \n\n", "\t\n|  ", "\t\r|  \n", "\t\t|\t\n\t\n"):
+        assert small(None, GPT_4)._is_in_gap(f"a{gap}b".replace("|", ""), gap.index("|") + 1)
 
 
 def test_ends_of_texts_that_begin_with_other_tokens():
@@ -323,6 +335,7 @@ def test_ends_of_texts_that_begin_with_other_tokens():
 SHORT = [
     "a \n \n \n \n. b", "foo.... ----", "x" * 30, "xyxyxyxyxyxy a aaaa", "aaaa aaaaaa<mask>", "don't 'we're'",
     "中文字一二三中文字", "a<mask>  b", "..,,..,,..", "ไไไไ ไ", "aไไไbไไa",
+    "a   \t \n  \n\n  \r\n \t b", "\t\t\t \r \n b", "a.\n\n   \r\r  \t a", "a     \n",
 ]  # fmt: skip
 
 

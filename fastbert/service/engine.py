@@ -273,7 +273,7 @@ class Engine:
         try:
             if not job.is_over:
                 prepared = job.prepare()
-        except Exception as found:
+        except BaseException as found:  # also a panic of a library, which is no Exception: the thread must survive it
             error = as_service_error(found)
         job.tokenising = time.perf_counter() - began
         with self._lock:
@@ -377,13 +377,13 @@ def _give(answers: list[tuple[Job, Any, ServiceError | None]]) -> None:
             job.answer.set_result(answer)
 
 
-def log_failure(error: Exception) -> None:
+def log_failure(error: BaseException) -> None:
     """Logs the type of an error and where it came from, but not its message, which may contain a client's text."""
     trace = "".join(traceback.format_tb(error.__traceback__))
     log.error("a request failed: %s", type(error).__name__, extra={"trace": trace})
 
 
-def as_service_error(error: Exception) -> ServiceError:
+def as_service_error(error: BaseException) -> ServiceError:
     """The error for the client: a ServiceError as it is, any other error without its message."""
     if isinstance(error, ServiceError):
         return error

@@ -40,6 +40,7 @@ from typing import Any
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
+from .calling import encoded
 from .characters import BEGINNING, SURROGATE, WHITE, is_apart, is_ending, is_space, is_white
 from .unknown import Unknown
 
@@ -58,6 +59,7 @@ _OF_WORDS = (
     _AS_IN_GPT_4 % "{1,3}",
     _AS_IN_GPT_4 % "",
 )
+_NEWLINE = re.compile(r"[\r\n]")
 # Two words, or one with the letter behind, as in "'re", "'ve" and "'ll".
 _CONTRACTED = re.compile("'[rvl]$", re.IGNORECASE)
 # A token that is one byte of a character without a token.
@@ -94,9 +96,11 @@ class Seams:
         self._strips = any(isinstance(step, normalizers.Strip) for step in steps)
         self._spaces_end_words = any(_splits_at_spaces(part) for part in words)
         self._by_expression = any(isinstance(p, (pre_tokenizers.ByteLevel, pre_tokenizers.Split)) for p in words)
-        # Whether a gap of different spaces is split as one of equal spaces.
-        self._mixes_spaces = not any(isinstance(step, normalizers.Replace) for step in steps) and all(
-            isinstance(part, pre_tokenizers.ByteLevel) and part.use_regex for part in words
+        # Whether a gap of different spaces is split as one of equal spaces, or at its last newline, too.
+        replaces = any(isinstance(step, normalizers.Replace) for step in steps)
+        self._splits_at_newlines = not replaces and any(map(_splits_at_newlines, words))
+        self._mixes_spaces = self._splits_at_newlines or (
+            not replaces and all(isinstance(part, pre_tokenizers.ByteLevel) and part.use_regex for part in words)
         )
         self._drops_spaces = all(map(str.isspace, self._for_spaces)) and any(
             isinstance(part, pre_tokenizers.WhitespaceSplit) for part in words
@@ -164,7 +168,7 @@ class Seams:
         """As `beginning`, by tokenising the whole text: up to a token's end, its tokens are those of the beginning."""
         if len(text) <= _WORTH_CUTTING * (tokens + 1) or self._backend.truncation or SURROGATE.search(text):
             return text
-        whole = self._backend.encode_batch([text], add_special_tokens=False)[0]
+        whole = encoded(self._backend.encode_batch, [text], add_special_tokens=False)[0]
         if len(whole) < tokens + 2:
             return text
         part = text[: whole.offsets[tokens + 1][1]]
@@ -186,17 +190,18 @@ class Seams:
             for at in self._spaces(text, start, end):
                 if self._is_seam(text, at):
                     return at
-        is_gap = True  # a gap in which no place is good is looked at once
+        untried = {False, True}  # of a gap one place of each kind is looked at: behind a newline, or not
         for at in range(end, start, -1):
-            pair = text[at - 1 : at + 1]
-            if is_white(pair) and (pair[0] == pair[1] or self._mixes_spaces):
-                if is_gap and self._is_in_gap(text, at):
+            near = text[at - 1 : at + 2]
+            if is_white(near) and (self._mixes_spaces or near == len(near) * near[0]):
+                is_behind = self._splits_at_newlines and _is_behind_newline(text, at)
+                if is_behind in untried and self._is_in_gap(text, at):
                     return at
-                is_gap = False
+                untried.discard(is_behind)
             else:
                 if self._is_seam(text, at):
                     return at
-                is_gap = True
+                untried = {False, True}
         return 0
 
     def _spaces(self, text: str, start: int, end: int) -> list[int]:
@@ -249,7 +254,8 @@ class Seams:
         """Whether this place, between two spaces, is as good as a seam. They are equal if `_mixes_spaces` is not set.
 
         A space is normalised by itself. The gap must not end at an added token, which may take all of its spaces, or at
-        the end of a text that is stripped of them.
+        the end of a text that is stripped of them. Where a gap is split at its last newline, this must be before the
+        place, or the first one behind it.
         """
         if any(map(is_space, "".join(self._contents))):
             return False
@@ -257,6 +263,8 @@ class Seams:
             if space in self._avoided or self._becomes(space) not in (" ", space):
                 return False
         end = _end_of_gap(text, at) if self._mixes_spaces else _end_of_run(text, at)
+        if self._splits_at_newlines and _is_within_line(text, at) and _NEWLINE.search(text, at, end):
+            return False
         if end == len(text):
             return not self._strips
         behind = text[end]
@@ -363,7 +371,7 @@ class Seams:
         truncation = self._backend.truncation
         if truncation is not None and (truncation["stride"] or truncation["direction"] != "right"):
             return [], [], []
-        encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
+        encoding = encoded(self._backend.encode_batch, [text], add_special_tokens=False)[0]
         found: tuple[list[int], list[str], list[int | None]] = ([], [], [])
         unknown = getattr(self._backend.model, "unk_token", None)  # a BPE model gives this for what it stands for
         for part in (encoding, *encoding.overflowing):
@@ -417,6 +425,22 @@ def _splits_at_spaces(part: Any) -> bool:
     if isinstance(part, pre_tokenizers.ByteLevel):
         return part.use_regex
     return True
+
+
+def _splits_at_newlines(part: Any) -> bool:
+    """Whether a pre-tokenizer's expression splits a gap at its last newline."""
+    return isinstance(part, pre_tokenizers.Split) and _pattern(part)[1][0] in _OF_WORDS[1:]
+
+
+def _is_behind_newline(text: str, at: int) -> bool:
+    """Whether a line, in the sense of those expressions, ends at this place."""
+    return text[at - 1] == "\n" or (text[at - 1] == "\r" and text[at : at + 1] != "\n")
+
+
+def _is_within_line(text: str, at: int) -> bool:
+    """Whether the gap at this place has a newline before, but not directly before."""
+    last = max(text.rfind("\n", 0, at), text.rfind("\r", 0, at))
+    return last >= 0 and not _is_behind_newline(text, at) and not text[last + 1 : at].strip(WHITE)
 
 
 def _end_of_run(text: str, at: int) -> int:
