@@ -87,6 +87,10 @@ KNOWN = {
     "a modifier of smileys": (unigram((), of_clusters("q\U0001f3fb")), "q\U0001f3fb"),
     "a vowel of Thai": (unigram((), of_clusters("Ж\u0e33")), "Ж\u0e33"),
     "a vowel of Lao": (unigram((), of_clusters("Ж\u0eb3")), "Ж\u0eb3"),
+    "a vowel that becomes a consonant": (
+        unigram((), N.Precompiled(charsmap({"Ж\u0e33": "a", "\u0e33": "ค"}))),
+        "Ж\u0e33",
+    ),
     "a halfwidth mark": (unigram((), of_clusters("Ж\uff9e")), "Ж\uff9e"),
     "another halfwidth mark": (unigram((), of_clusters("Ж\uff9f")), "Ж\uff9f"),
     "a letter in one cluster with any": (unigram((), of_clusters("\u0d4eЖ")), "\u0d4eЖ"),
