@@ -1,9 +1,10 @@
 """How much of a long text is tokenised to cut it, at which places, and which texts are refused."""
 
 import pytest
-from tokenizers import Regex
+from tokenizers import AddedToken, Regex
 
-from cut_tokenizers import BACKENDS, BYTES, XLM_R, N, made
+from cut_tokenizers import BACKENDS, BYTES, REPLACED, XLM_R, N, P, charsmap, made
+from fastbert.text import seams
 from fastbert.text.cutting import Cutter
 from fastbert.text.seams import Seams
 from fastbert.text.tokenizer import Tokenizer as OurTokenizer
@@ -91,3 +92,68 @@ def test_tokens_that_stand_for_a_whole_gap():
             cut = backend.encode(Cutter(backend).text(text, kept), add_special_tokens=False)
             assert cut.offsets[:kept] == whole.offsets[:kept]
             assert cut.ids[:kept] == whole.ids[:kept]
+
+
+NO_SPACES = {
+    "a letter": (N.Replace(" ", "b"), "unigram", P.Metaspace()),
+    "a sign": (N.Replace(" ", "."), "bpe", BYTES),
+    "a letter for several": (N.Replace(Regex(" {2,}"), "e"), "unigram", P.Metaspace()),
+}
+
+
+@pytest.mark.parametrize("name", NO_SPACES)
+def test_spaces_that_end_no_words(name, monkeypatch):
+    """A normalizer makes something else of them, and so the word before goes on."""
+    monkeypatch.setattr(seams, "_WORTH_CUTTING", 1)
+    monkeypatch.setattr(seams, "_SIZES", (1, 2, 3, 4, 5, 6, 7, 8))
+    normalizer, model, words = NO_SPACES[name]
+    backend = made(model, normalizer, words)
+    cutter = Cutter(backend)
+    for part in ("a b ", ". . ", ".. ab ", "the a", "th  "):
+        text = part * 30
+        whole = backend.encode(text, add_special_tokens=False)
+        for kept in range(1, 40):
+            cut = backend.encode(cutter.text(text, kept), add_special_tokens=False)
+            assert cut.ids[: kept + 1] == whole.ids[: kept + 1]
+            assert cut.offsets[:kept] == whole.offsets[:kept]
+            cut = backend.encode(cutter.ending(text, kept), add_special_tokens=False)
+            assert cut.ids[-kept - 1 :] == whole.ids[-kept - 1 :]
+
+
+def test_bars_for_several_spaces():
+    """As in T5: they end words as spaces do, and gaps of them are shortened."""
+    backend = made(
+        "unigram", N.Sequence([N.Precompiled(charsmap(REPLACED)), N.Replace(Regex(" {2,}"), "▁")]), P.Metaspace()
+    )
+    cutter = Cutter(backend)
+    assert len(cutter.text("ab ab " * 9000, 9)) < 200
+    for gap in (" " * 100, "\t" + " " * 100, " \t" * 50):
+        text = f"ab{gap}ab"
+        short = Seams(backend)._shortened(text)
+        assert len(short) == 6
+        assert backend.encode(short).ids == backend.encode(text).ids
+
+
+def test_more_tokens_than_the_normalized_text_has_letters():
+    """Those that were added are found in the text as it is."""
+    backend = made("unigram", N.Replace(Regex(" {2,}"), " "), XLM_R, [AddedToken("  ", normalized=False)])
+    assert Seams(backend).most_tokens(" " * 100) >= len(backend.encode(" " * 100, add_special_tokens=False)) == 50
+    prefixed = P.Sequence([P.Split(Regex(seams._OF_WORDS[2]), "isolated"), P.ByteLevel(use_regex=False)])
+    backend = made("bpe", None, prefixed)
+    assert Seams(backend).most_tokens("٣" * 100) >= len(backend.encode("٣" * 100, add_special_tokens=False)) == 300
+
+
+def test_tokens_counted_in_a_whole_text():
+    """The text is cut behind a token, where what is before it has the same tokens."""
+    backend = made("bpe", None, BYTES, [AddedToken("qzj", single_word=True)])
+    seen = Seams(backend)
+    text = "a b qzjb qzjb" + " x qzjb" * 100
+    whole = backend.encode(text, add_special_tokens=False).ids
+    cut = 0
+    for tokens in range(len(whole) + 2):
+        part = seen.counted(text, tokens)
+        cut += part != text
+        assert backend.encode(part, add_special_tokens=False).ids[: tokens + 1] == whole[: tokens + 1]
+    assert cut > 20
+    assert seen.counted("a " * 80, 9) == "a " * 80  # hardly too long
+    assert seen.counted("a " * 81, 9) == "a " * 10 + "a"

@@ -30,6 +30,7 @@ are therefore final except for the last, which may go on.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from bisect import bisect_right
@@ -94,7 +95,6 @@ class Seams:
         self._for_spaces = [content for _, (expression, content) in patterns if expression]
         self._is_plain = not steps
         self._strips = any(isinstance(step, normalizers.Strip) for step in steps)
-        self._spaces_end_words = any(_splits_at_spaces(part) for part in words)
         self._by_expression = any(isinstance(p, (pre_tokenizers.ByteLevel, pre_tokenizers.Split)) for p in words)
         # Whether a gap of different spaces is split as one of equal spaces, or at its last newline, too.
         replaces = any(isinstance(step, normalizers.Replace) for step in steps)
@@ -110,6 +110,8 @@ class Seams:
             part.prepend_scheme == "always" for part in words if isinstance(part, pre_tokenizers.Metaspace)
         )
         self._made: dict[str, str] = {}
+        signs = {one[:1] for one in (self._becomes(" "), *self._for_spaces)}
+        self._spaces_end_words = any(_splits_at(part, signs) for part in words)
 
     @classmethod
     def of(cls, backend: tokenizers.Tokenizer) -> Seams | None:
@@ -176,10 +178,14 @@ class Seams:
         return part if len(ids) > tokens and ids[: tokens + 1] == whole.ids[: tokens + 1] else text
 
     def most_tokens(self, text: str) -> int:
-        """Upper bound of a text's tokens: a token has a byte, or marks the beginning of a word, which has a byte."""
+        """Upper bound of a text's tokens: a token has a byte, or marks the beginning of a word, which has a byte.
+
+        The bytes of added tokens may be those of the text as it is.
+        """
         if SURROGATE.search(text):
             return len(text)  # the text is refused when it is tokenised
-        return 2 * len(self._normalised(text).encode()) + 2
+        size = len(text.encode())
+        return 2 * (size if self._is_plain else size + len(self._normalised(text).encode())) + 2
 
     # ---- seams -------------------------------------------------------------------------------------------
 
@@ -246,9 +252,7 @@ class Seams:
     def _begins(self, text: str, at: int) -> bool:
         """Whether the text from the space at this seam on has the tokens that it has within the text."""
         behind = text[at + 1 : at + 2]
-        if " " in self._starts or not behind or behind.isspace():
-            return False
-        return self._is_seam(text, at)
+        return not (" " in self._starts or behind.isspace()) and self._is_seam(text, at)
 
     def _is_in_gap(self, text: str, at: int) -> bool:
         """Whether this place, between two spaces, is as good as a seam. They are equal if `_mixes_spaces` is not set.
@@ -290,7 +294,7 @@ class Seams:
         return text if normalizer is None else normalizer.normalize_str(text)
 
     def _shortened(self, text: str) -> str:
-        """A text with the same tokens at other places: two characters of each long gap that counts as one space, and
+        """A text with the same tokens at other places: two characters of each long gap that counts as so many, and
         less of each long run of unknown characters that is one token."""
         if self._gaps:
             text = self._gaps.sub(lambda gap: gap[0][0] + gap[0][-1], text)
@@ -305,16 +309,16 @@ class Seams:
 
     @cached_property
     def _gaps(self) -> re.Pattern[str] | None:
-        """Matches long gaps that count as one space, as a normalizer joins spaces or a pre-tokenizer drops them."""
+        """Matches long gaps that count as two spaces, as a normalizer joins spaces or a pre-tokenizer drops them."""
         if any(map(is_space, "".join(self._contents))):
             return None
-        one = self._normalised("x x")
         if self._drops_spaces:
             spaces = [space for space in _GAPS if self._becomes(space).isspace() and space not in self._avoided]
         else:
-            spaces = [space for space in _GAPS if all(self._normalised(f"x{' ' * n}{space}x") == one for n in (1, 2))]
-            if any(self._normalised(f"x{first}{second}x") != one for first in spaces for second in spaces):
-                return None
+            two = self._normalised("x  x")
+            spaces = [space for space in _GAPS if all(self._normalised(f"x{' ' * n}{space}x") == two for n in (1, 2))]
+            pairs = {pair: self._normalised(f"x{pair}x") for pair in map("".join, itertools.product(spaces, repeat=2))}
+            spaces = [space for space in spaces if all(made == two for pair, made in pairs.items() if space in pair)]
         return re.compile(f"[{''.join(spaces)}]{{{_LONG_GAP},}}") if spaces else None
 
     # ---- final tokens ------------------------------------------------------------------------------------
@@ -418,13 +422,11 @@ def _splits_forwards(part: Any) -> bool:
     return isinstance(part, (pre_tokenizers.WhitespaceSplit, pre_tokenizers.Metaspace, pre_tokenizers.ByteLevel))
 
 
-def _splits_at_spaces(part: Any) -> bool:
-    """Whether a space behind another character always begins a word."""
+def _splits_at(part: Any, signs: set[str]) -> bool:
+    """Whether each of these signs, which stand for spaces, always begins a word behind another character."""
     if isinstance(part, pre_tokenizers.Metaspace):
-        return part.split
-    if isinstance(part, pre_tokenizers.ByteLevel):
-        return part.use_regex
-    return True
+        return part.split and signs <= {" ", "\u2581"}
+    return signs == {" "} and not (isinstance(part, pre_tokenizers.ByteLevel) and not part.use_regex)
 
 
 def _splits_at_newlines(part: Any) -> bool:
