@@ -16,6 +16,8 @@
 #include <omp.h>
 #include <sched.h>
 
+#include "apart.h"
+
 class Team {
   public:
     // Calls run(), whose calls of `share` then use one region of all threads.
@@ -23,8 +25,12 @@ class Team {
     static void in_one_region(const Run& run) {
         if (!may_open()) return run();
         Team team(omp_get_max_threads());
+        static thread_local Apart own;
+        Apart& apart = own;
+        apart.before(omp_get_max_threads());
 #pragma omp parallel
         if (omp_get_thread_num() > 0) {
+            apart.arrive(omp_get_thread_num());
             team.arrived.fetch_add(1, std::memory_order_relaxed);
             team.help(omp_get_thread_num() % team.count);
         } else {
@@ -37,6 +43,7 @@ class Team {
             const int others = omp_get_num_threads() - 1;
             for (int i = 0; i < YIELDS && team.arrived.load(std::memory_order_relaxed) < others; ++i) sched_yield();
         }
+        apart.after();
     }
 
     // Calls chunk(i) once for each i below `chunks`, on any thread, and returns after the last one. A chunk must not call
