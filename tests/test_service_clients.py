@@ -206,7 +206,7 @@ def test_every_recorded_request_is_answered_as_its_client_needs(clients, recorde
 def test_every_recorded_request_gets_an_overload_error_for_its_client(clients, recorded):
     """429 or 503 with a whole number of seconds below 60 to wait; the message is where each client looks for it."""
     client = clients["texts"]
-    queue = client.application.state.service.queues["texts"]
+    queue = client.application.service.queues["texts"]
     queue.announce(queue.bound)
     try:
         for path, where in (

@@ -105,15 +105,15 @@ def test_any_body(client, path):
         check(client.post(path, body), path, body)
 
     ask()
-    assert client.application.state.service.engine.is_alive
-    assert client.application.state.service.engine.tokens_waiting() == 0
+    assert client.application.service.engine.is_alive
+    assert client.application.service.engine.tokens_waiting() == 0
 
 
 def test_the_description_is_complete(client):
     """It describes every address, and every request that our own page and clients make."""
     found = client.get("/openapi.json").json()
     assert found["openapi"].startswith("3.1")
-    routes = {route.path.replace(":path", "") for route in client.application.routes if "POST" in route.methods}
+    routes = {route.path.replace(":path", "") for route in client.application.rest.routes if "POST" in route.methods}
     assert routes == set(found["paths"])
     for path in found["paths"].values():
         assert path["post"]["summary"]

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 import zlib
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -173,6 +174,36 @@ def test_a_body_has_a_little_time_when_the_server_stops(served, monkeypatch):
         assert client.service.open == 0
     finally:
         client.service.is_stopping = False
+
+
+def test_a_request_that_is_cancelled_while_its_body_is_read_ends(served):
+    """uvicorn does that when it is told to end at once. It is not taken for a body that is late."""
+    client = served("texts")
+    given = client.start("POST", "/embed", b'{"inp', more=True)
+    while not client.service._reading:
+        time.sleep(0.001)
+    given.cancel()
+    with pytest.raises(CancelledError):
+        given.result(30)
+    until = time.monotonic() + 30
+    while client.service.open and time.monotonic() < until:
+        time.sleep(0.001)
+    assert (client.service.open, client.service._reading) == (0, {})
+
+
+def test_functions_of_the_api_are_called_without_starlette(served, monkeypatch):
+    """All but those whose address has a name in it; and none where a page of another origin may ask."""
+    client = served("texts")
+
+    async def never(*given):
+        raise AssertionError("starlette was called")
+
+    monkeypatch.setattr(client.application, "rest", never)
+    assert client.post("/embed", {"inputs": "a"}).status == 200
+    assert client.get("/info").status == 200
+    named = {(way.method, path) for way in WAYS for path in way.paths}
+    assert set(client.application.endpoints) == {address for address in named if "{" not in address[1]}
+    assert served("texts", cors_allow_origin=("http://page.test",)).application.endpoints == {}
 
 
 def test_a_late_request_gets_an_error_and_leaves_the_queue(served):

@@ -20,9 +20,10 @@ Every vector is compared with that of the Encoder: a wrong vector, or a status o
 shares the machine's cores with the servers. Processor time is that of the server, counted by the system.
 
 idle: a request of ten tokens compared with `Encoder.encode` of the same text in the client's process, in turns: the
-median difference of wall times, and the processor time of each. Each follows a pause, since the OpenMP threads of the
-one before would spin for some milliseconds and take a processor away. `encode` computes with all threads in one half of
-the turns, with a single one in the other half, and the faster of the two counts.
+median difference of wall times, and the processor time of each. The client is a socket, without a library or an event
+loop. Each follows a pause, since the OpenMP threads of the one before would spin for some milliseconds and take a
+processor away. `encode` computes with all threads in one half of the turns, with a single one in the other half, and
+the faster of the two counts.
 """
 
 from __future__ import annotations
@@ -93,6 +94,31 @@ class Row:
     rate: float | None = None
 
 
+def request_of(body: bytes) -> bytes:
+    return (
+        b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+        % (len(body), body)
+    )
+
+
+def length_after(head: bytes) -> int:
+    """Bytes of the body that follows the head of a reply. Raises RuntimeError for another status than 200."""
+    if not head.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(head.decode())
+    return int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+
+
+def exchange(connection: socket.socket, request: bytes) -> bytes:
+    """Sends a request and returns the body of its reply."""
+    connection.sendall(request)
+    reply = b""
+    while True:
+        reply += connection.recv(65_536)
+        head, end, body = reply.partition(b"\r\n\r\n")
+        if end and len(body) == length_after(head):
+            return body
+
+
 class Connection:
     """A persistent connection for one request at a time."""
 
@@ -104,15 +130,8 @@ class Connection:
         if self.streams is None or self.streams[0].at_eof():
             self.streams = await asyncio.open_connection("127.0.0.1", self.port)
         reader, writer = self.streams
-        writer.write(
-            b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
-            % (len(body), body)
-        )
-        head = await reader.readuntil(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(head.decode())
-        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
-        return await reader.readexactly(length)
+        writer.write(request_of(body))
+        return await reader.readexactly(length_after(await reader.readuntil(b"\r\n\r\n")))
 
 
 class Load:
@@ -291,30 +310,33 @@ def _ours(args: argparse.Namespace, folder: str) -> Callable[[int], list[str]]:
 def _idle(args: argparse.Namespace, folder: str, encoder: Any) -> dict[str, float]:
     """Milliseconds of one request and of `encode` alone: median wall time, and processor time."""
     body = json.dumps({"input": TEN_TOKENS, "model": "minilm", "encoding_format": "base64"}).encode()
+    request = request_of(body)
     rounds = max(int(10 * min(args.seconds, 10.0)), 20)
     threads = torch.get_num_threads()
 
-    async def in_turn(port: int, rounds: int) -> tuple[list[float], list[float], float]:
-        connection, alone, served, own_cpu = Connection(port), [], [], 0.0
-        for _ in range(rounds):
-            await asyncio.sleep(PAUSE)
-            began, cpu = time.perf_counter(), time.process_time()
-            encoder.encode([TEN_TOKENS])
-            alone.append(time.perf_counter() - began)
-            await asyncio.sleep(PAUSE)
-            own_cpu += time.process_time() - cpu
-            began = time.perf_counter()
-            await connection.ask(body)
-            served.append(time.perf_counter() - began)
+    def in_turn(port: int, rounds: int) -> tuple[list[float], list[float], float]:
+        alone, served, own_cpu = [], [], 0.0
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(rounds):
+                time.sleep(PAUSE)
+                began, cpu = time.perf_counter(), time.process_time()
+                encoder.encode([TEN_TOKENS])
+                alone.append(time.perf_counter() - began)
+                time.sleep(PAUSE)
+                own_cpu += time.process_time() - cpu
+                began = time.perf_counter()
+                exchange(connection, request)
+                served.append(time.perf_counter() - began)
         return alone, served, own_cpu
 
     made = []
     with party(_ours(args, folder)) as (port, pid):
         for number in sorted({1, threads}):
             torch.set_num_threads(number)
-            asyncio.run(in_turn(port, 20))
+            in_turn(port, 20)
             before = processor_time(pid)
-            alone, served, own_cpu = asyncio.run(in_turn(port, rounds))
+            alone, served, own_cpu = in_turn(port, rounds)
             cpu = processor_time(pid) - before
             made.append({
                 "encode_threads": number, "encode_ms": 1e3 * float(np.median(alone)),

@@ -203,6 +203,7 @@ class Engine:
             self._wake_worker()
 
     def _work(self, number: int) -> None:
+        used = 0  # OpenMP threads of this one
         while True:
             with self._lock:
                 job, batch = None, []
@@ -229,7 +230,10 @@ class Engine:
                 self._prepare(job)
                 continue
             if self.threads is not None:
-                use_threads(self.threads if alone else max(self.threads // (len(self._threads) - 1), 1))
+                wanted = self.threads if alone else max(self.threads // (len(self._threads) - 1), 1)
+                if wanted != used:
+                    use_threads(wanted)
+                used = wanted
             try:
                 self._compute(batch)
             except Exception as error:  # a bug here or in `on_batch`: the thread must survive it

@@ -6,8 +6,10 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import orjson
@@ -47,7 +49,9 @@ class Call:
         body: the JSON object of the request.
         timeout: seconds for the request, counted from `began`.
         report: headers of the reply with times, tokens, and the number of cut texts.
-        is_dropped: whether the body is not read to its end, because the server is stopping.
+        is_late, is_dropped: whether the body is not read to its end, because its time is over or because the server is
+            stopping.
+        noted: (number of texts, tokens of each, times in seconds) of what was computed, for the metrics.
     """
 
     def __init__(self, name: str, scope: dict, receive: Callable[[], Awaitable[dict]]):
@@ -57,7 +61,8 @@ class Call:
         self.began = time.perf_counter()
         self.report: list[tuple[bytes, bytes]] = []
         self.texts = self.tokens = self.cut = 0
-        self.is_read = self.is_dropped = False
+        self.noted: list[tuple[int, list[int], tuple[float, ...]]] = []
+        self.is_read = self.is_late = self.is_dropped = False
 
     @property
     def has_long_rest(self) -> bool:
@@ -70,13 +75,12 @@ class Call:
     async def read(self, most: int) -> None:
         """Reads the body. Raises ServiceError if it is compressed, has more than `most` bytes or is no JSON
         object; Gone."""
-        too_large = ServiceError("too_large", f"the request's body is larger than {most:,} bytes (--payload-limit)")
         coding = self.headers.get(b"content-encoding", b"identity").strip().lower()
         if coding not in (b"", b"identity"):
             raise ServiceError("encoded", "the request's body is compressed: send it without Content-Encoding")
         length = self.headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > most:
-            raise too_large
+            raise self._too_large(most)
         message = await self.receive()
         content = message.get("body", b"")
         if message["type"] == "http.disconnect":
@@ -90,17 +94,21 @@ class Call:
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
                 if size > most:
-                    raise too_large
+                    raise self._too_large(most)
             content = b"".join(parts)
         self.is_read = True
         if len(content) > most:
-            raise too_large
+            raise self._too_large(most)
         try:
             self.body = orjson.loads(content)
         except orjson.JSONDecodeError as error:
             raise ServiceError("not_json", f"the request's body is no JSON: {error.msg}", code="not_json") from None
         if not isinstance(self.body, dict):
             raise ServiceError("invalid", "the request's body must be a JSON object")
+
+    @staticmethod
+    def _too_large(most: int) -> ServiceError:
+        return ServiceError("too_large", f"the request's body is larger than {most:,} bytes (--payload-limit)")
 
 
 class Service:
@@ -123,7 +131,7 @@ class Service:
         self.is_warm = self.is_stopping = False
         self.failure: str | None = None
         self.version, self.created = __version__, int(time.time())
-        self._reading: dict[asyncio.Future, Call] = {}  # the bodies that are being read
+        self._reading: dict[asyncio.Task, Call] = {}  # tasks that read a body
         self._aside = ThreadPoolExecutor(1, "aside")
         self._key = None if settings.api_key is None else f"Bearer {settings.api_key}".encode()
 
@@ -164,9 +172,8 @@ class Service:
             self.engine.loop.call_soon_threadsafe(self.engine.loop.call_later, GRACE, self._drop_reading)
 
     def _drop_reading(self) -> None:
-        for reading, call in self._reading.items():
-            call.is_dropped = True
-            reading.cancel()
+        for task in self._reading:
+            self._end_reading(task, "is_dropped")
 
     async def stop(self) -> None:
         """Ends the threads after the accepted requests, while the event loop continues."""
@@ -193,21 +200,35 @@ class Service:
     async def read(self, call: Call) -> None:
         """Reads the body. Raises like `Call.read`, and ServiceError for a body that does not arrive in time: otherwise
         a client that stops in the middle of a body would remain an open request for ever."""
-        timeout = self.timeout_of(call)
-        reading = asyncio.ensure_future(call.read(self.settings.payload_limit))
-        self._reading[reading] = call
+        timeout, task, reading = self.timeout_of(call), asyncio.current_task(), call.read(self.settings.payload_limit)
         try:
-            await asyncio.wait_for(reading, min(timeout, GRACE) if self.is_stopping else timeout)
-        except (asyncio.TimeoutError, asyncio.CancelledError) as error:
-            if call.is_dropped or (self.is_stopping and isinstance(error, asyncio.TimeoutError)):
+            awaited = reading.send(None)
+        except StopIteration:  # most bodies are there already, and need neither a timer nor a task
+            return
+        seconds = min(timeout, GRACE) if self.is_stopping else timeout
+        self._reading[task] = call
+        timer = self.engine.loop.call_later(seconds, self._end_reading, task, "is_late")
+        try:
+            await _rest(reading, awaited)
+        except asyncio.CancelledError:
+            if not (call.is_late or call.is_dropped):
+                raise
+            if hasattr(task, "uncancel"):  # since Python 3.11
+                task.uncancel()
+            if call.is_dropped or self.is_stopping:
                 raise ServiceError(
                     "not_ready", "the server is stopping, and the request's body has not arrived", retry_after=1
                 ) from None
-            if isinstance(error, asyncio.CancelledError):
-                raise
             raise ServiceError("late", f"the request's body did not come within {timeout:g} seconds") from None
         finally:
-            del self._reading[reading]
+            timer.cancel()
+            del self._reading[task]
+
+    def _end_reading(self, task: asyncio.Task, why: str) -> None:
+        call = self._reading[task]
+        if not (call.is_late or call.is_dropped):
+            setattr(call, why, True)
+            task.cancel()
 
     def expect_count(self, texts: Sequence[Any]) -> None:
         """Raises ServiceError if a request has too many texts."""
@@ -253,8 +274,6 @@ class Service:
         finally:
             timer.cancel()
             watch.cancel()
-        if counted is not None:
-            self.metrics.count(f"{counted}_success", len(texts))
         self._note(call, job, texts)
         return answer
 
@@ -281,11 +300,7 @@ class Service:
         call.tokens += sum(tokens)
         call.cut += job.prepared.cut
         total = time.perf_counter() - call.began
-        seconds, of_texts = (total, tokenising, queued, computing), TEXT_COUNTS.get(call.name)
-        self.metrics.time("te_request", seconds)
-        if of_texts is not None:  # all texts of a request are tokenised, wait and are answered together
-            self.metrics.time(of_texts, seconds, len(texts))
-        self.metrics.input_length.observe_each(tokens)
+        call.noted.append((len(texts), tokens, (total, tokenising, queued, computing)))
         call.report = [
             (b"x-compute-type", b"cpu" if self.device.type == "cpu" else b"gpu"),
             (b"x-compute-time", b"%d" % (1000 * total)),
@@ -297,6 +312,32 @@ class Service:
             (b"x-inference-time", b"%d" % (1000 * computing)),
             (b"x-truncated-texts", b"%d" % call.cut),
         ]
+
+    def observe(self, call: Call) -> None:
+        """Adds an answered request to the metrics, after its reply."""
+        of_texts = TEXT_COUNTS.get(call.name)
+        for texts, tokens, seconds in call.noted:
+            self.metrics.time("te_request", seconds)
+            if of_texts is not None:  # all texts of a request are tokenised, wait and are answered together
+                self.metrics.count(f"{of_texts}_success", texts)
+                self.metrics.time(of_texts, seconds, texts)
+            self.metrics.input_length.observe_each(tokens)
+
+
+@types.coroutine
+def _rest(started: Coroutine, awaited: Any) -> Generator:
+    """The rest of a coroutine that has run until it awaits `awaited`."""
+    while True:
+        try:
+            given = yield awaited
+        except BaseException as error:
+            run = partial(started.throw, error)
+        else:
+            run = partial(started.send, given)
+        try:
+            awaited = run()
+        except StopIteration as end:
+            return end.value
 
 
 def _fail(job: Job, error: Exception) -> None:

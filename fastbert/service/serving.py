@@ -117,7 +117,7 @@ def serve(service: Service, sockets: Sequence[socket.socket], beside: Sequence[s
             host, port = each.getsockname()[:2]
             raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror}") from None
     options = {
-        "log_config": None, "access_log": False, "server_header": False, "backlog": BACKLOG,
+        "log_config": None, "access_log": False, "server_header": False, "proxy_headers": False, "backlog": BACKLOG,
         "timeout_keep_alive": KEEP_ALIVE, "timeout_graceful_shutdown": int(settings.timeout) + 1,
     }  # fmt: skip
     kind = "uvloop" if importlib.util.find_spec("uvloop") is not None else "asyncio"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite, sqrt
 
 import numpy as np
 
@@ -96,12 +97,15 @@ class Vectors:
         wanted = self.normalize if normalize is None else normalize
 
         def finish(rows: list[np.ndarray]) -> np.ndarray:
-            vectors = np.stack(rows)
-            if not np.isfinite(vectors).all():
+            vectors = rows[0][None] if len(rows) == 1 else np.stack(rows)
+            lengths = lengths_of(vectors)
+            # A length may also be too large for its dtype.
+            if not all(map(isfinite, lengths)) and not np.isfinite(vectors).all():
                 raise ServiceError("failed", "the model's numbers are not finite")
             if dimensions is not None:
                 vectors = np.ascontiguousarray(vectors[:, :dimensions])  # orjson takes no other
-            return normalised(vectors) if wanted and (self.can_choose or dimensions is not None) else vectors
+                lengths = lengths_of(vectors)
+            return divided(vectors, lengths) if wanted and (self.can_choose or dimensions is not None) else vectors
 
         return Prepared([Piece(lane, row, len(row)) for row in ids], list(map(len, ids)), cut, finish)
 
@@ -155,5 +159,16 @@ class _States(_Pooled):
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
     """[N, C] float32, each row divided by its length."""
-    lengths = np.sqrt((vectors * vectors).sum(axis=1, keepdims=True))
-    return vectors / np.maximum(lengths, np.float32(TINY))
+    return divided(vectors, lengths_of(vectors))
+
+
+def lengths_of(vectors: np.ndarray) -> list[float]:
+    """The length of each row. A single call of numpy for a row: each other function of numpy adds 10 us to the answer
+    of a server that was idle."""
+    return [sqrt(row.dot(row)) for row in vectors]
+
+
+def divided(vectors: np.ndarray, lengths: list[float]) -> np.ndarray:
+    if len(lengths) == 1:
+        return vectors / max(lengths[0], TINY)
+    return vectors / np.maximum(np.array(lengths, np.float32), np.float32(TINY))[:, None]
