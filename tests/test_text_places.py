@@ -68,6 +68,8 @@ def test_long_gaps_before_the_end_of_a_text():
 
 GAPS = {
     "two spaces become a letter": N.Replace("  ", "q"),
+    "two spaces of any kind become a letter": N.Sequence([N.Nmt(), N.Replace("  ", "q")]),
+    "a space becomes a separator": N.Replace("\t", " \x1c"),
     "spaces become a letter": N.Replace(Regex(" {2,}"), "q"),
     "spaces disappear": N.Replace(Regex(" {2,}"), ""),
 }

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import tokenizers
-from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
 from cut_tokenizers import BACKENDS, BYTES, XLM_R, N, P, made, text_of
 from fastbert.text import seams, unknown
@@ -155,6 +155,9 @@ def test_a_gap_of_megabytes_before_a_newline():
 
 
 OTHERS = {
+    "an added token that disappears": lambda: made(
+        "unigram", N.Strip(), P.Metaspace(), [AddedToken(" ", normalized=True)]
+    ),
     "an unknown normalizer": lambda: made("bpe", N.Replace(Regex("a b"), "c"), BYTES),
     "an unknown expression": lambda: made("bpe", None, P.Sequence([P.Split(Regex(r"\w+ \w+"), "isolated"), BYTES])),
     "spaces go before words are made": lambda: made("unigram", None, P.Sequence([P.Metaspace(), P.WhitespaceSplit()])),

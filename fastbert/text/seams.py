@@ -126,6 +126,9 @@ class Seams:
             return None
         if any(isinstance(part, (pre_tokenizers.Metaspace, pre_tokenizers.ByteLevel)) for part in words[:-1]):
             return None  # the parts behind it would not see spaces
+        added, normalizer = backend.get_added_tokens_decoder().values(), backend.normalizer
+        if normalizer is not None and not all(normalizer.normalize_str(a.content) for a in added if a.normalized):
+            return None  # the library finds nothing, which such a token becomes, between any two characters
         return cls(backend)
 
     def beginning(self, text: str, tokens: int, shorten: bool = False) -> str:
@@ -313,12 +316,15 @@ class Seams:
         if any(map(is_space, "".join(self._contents))):
             return None
         if self._drops_spaces:
-            spaces = [space for space in _GAPS if self._becomes(space).isspace() and space not in self._avoided]
+            made = {space: self._becomes(space) for space in _GAPS}
+            spaces = [space for space in _GAPS if is_white(made[space]) and not {space, *made[space]} & self._avoided]
         else:
             two = self._normalised("x  x")
             spaces = [space for space in _GAPS if all(self._normalised(f"x{' ' * n}{space}x") == two for n in (1, 2))]
             pairs = {pair: self._normalised(f"x{pair}x") for pair in map("".join, itertools.product(spaces, repeat=2))}
-            spaces = [space for space in spaces if all(made == two for pair, made in pairs.items() if space in pair)]
+            spaces = [
+                space for space in spaces if all(joined == two for pair, joined in pairs.items() if space in pair)
+            ]
         return re.compile(f"[{''.join(spaces)}]{{{_LONG_GAP},}}") if spaces else None
 
     # ---- final tokens ------------------------------------------------------------------------------------
