@@ -20,6 +20,7 @@ pytest.importorskip("prometheus_client", reason="needs the serve extra")
 pytest.importorskip("starlette", reason="needs the serve extra")
 pytest.importorskip("uvicorn", reason="needs the serve extra")
 
+from command_line import run
 from fastbert.cli.main import main
 from fastbert.cli.serve import return_blocks, spin_shortly
 from fastbert.service.serving import bound_to, serve
@@ -174,6 +175,15 @@ def test_errors_at_the_start_are_one_line(tmp_path, capsys, monkeypatch):
             assert said.startswith("fastbert: error: ")
             assert told in said
             assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", [["--api-key", "a secret"], ["--api-key=a secret"], ["--api-key"]])
+def test_a_key_in_the_command_line_is_refused_and_not_printed(given, capsys):
+    """It was taken for the name of a file, and printed as one that is missing."""
+    assert run("serve", *given) == 2
+    error = capsys.readouterr().err
+    assert "API_KEY or a file (--api-key-file)" in error
+    assert "secret" not in error
 
 
 def test_threads_of_operators_spin_shortly_unless_the_environment_is_set():

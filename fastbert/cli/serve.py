@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+from typing import Any
 
 from .options import DTYPES, IMPLS, POOLINGS, UsageError, default_model, positive
 
@@ -62,6 +63,13 @@ examples:
   API_KEY=secret fastbert serve --host 0.0.0.0 --max-text-tokens 256"""
 
 
+class _Refused(argparse.Action):
+    """Refuses a key. argparse would take the flag for --api-key-file, and print the key as a file that is missing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        parser.error("others can read a command line: put the key into the variable API_KEY or a file (--api-key-file)")
+
+
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.description, p.epilog = DESCRIPTION, EXAMPLES
     p.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -106,6 +114,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
         help="cut texts that are too long, if a request does not say otherwise (default: yes)",
     )  # fmt: skip
     p.add_argument("--api-key-file", metavar="FILE", help="file with the key that requests must send")
+    p.add_argument("--api-key", nargs="?", action=_Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     p.add_argument(
         "--cors-allow-origin",
         metavar="ORIGIN",
