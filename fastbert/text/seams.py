@@ -43,6 +43,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from .calling import encoded
 from .characters import BEGINNING, SURROGATE, WHITE, is_apart, is_ending, is_space, is_white
+from .runs import Runs
 from .unknown import Unknown
 
 _CHARACTER_BY_CHARACTER = (
@@ -136,12 +137,14 @@ class Seams:
         wanted = tokens + 1
         if len(text) <= _WORTH_CUTTING * wanted:
             return text
-        at = self._cut_at(text, wanted, _SIZES[:_BEFORE_SHORTENING] if shorten else _SIZES)
-        if at is None and shorten:
-            short = self._shortened(text)
-            at = self._cut_at(short, wanted, _SIZES if len(short) < len(text) else _SIZES[_BEFORE_SHORTENING:])
-            text = short
-        return text[:at]
+        if (at := self._cut_at(text, wanted, _SIZES[:1])) is not None:
+            return text[:at]
+        if (found := self._runs.beginning(text, wanted, shorten)) is not None:
+            return found
+        at = self._cut_at(text, wanted, _SIZES[1:_BEFORE_SHORTENING])
+        if at is None and shorten and len(short := self._shortened(text)) < len(text):
+            return self.beginning(short, tokens)
+        return text[: at or self._cut_at(text, wanted, _SIZES[_BEFORE_SHORTENING:])]
 
     def _cut_at(self, text: str, wanted: int, sizes: tuple[int, ...]) -> int | None:
         for size in sizes:
@@ -212,6 +215,13 @@ class Seams:
                     return at
                 untried = {False, True}
         return 0
+
+    def _seam_in(self, text: str, start: int, end: int) -> tuple[int, bool] | None:
+        """(the last seam in a part of a text, whether a space is there, which always begins a word)."""
+        for at in range(end, start - 1, -1):
+            if self._is_seam(text, at):
+                return at, self._spaces_end_words and text[at] == " " and not text[at - 1].isspace()
+        return None
 
     def _spaces(self, text: str, start: int, end: int) -> list[int]:
         """The places of spaces behind other characters, the last first."""
@@ -304,11 +314,14 @@ class Seams:
         return self._unknown.shortened(text) if self._unknown else text
 
     @cached_property
+    def _runs(self) -> Runs:
+        return Runs(self._backend, self._tokenised, self._seam_in)
+
+    @cached_property
     def _unknown(self) -> Unknown | None:
         if self._by_expression:
             return None  # its bytes are all known
-        avoided = self._avoided.union(*self._contents)
-        return Unknown(self._backend, self._becomes, avoided, self._spaces_end_words)
+        return Unknown(self._backend, self._becomes, self._contents, self._avoided, self._spaces_end_words)
 
     @cached_property
     def _gaps(self) -> re.Pattern[str] | None:

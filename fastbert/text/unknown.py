@@ -29,20 +29,27 @@ class Unknown:
 
     Args:
         becomes: what a character becomes; "" if that depends on those beside it.
-        avoided: characters of added tokens, and those that a normalizer replaces if they stand side by side.
+        added: the added tokens, in a text and in a normalised one.
+        avoided: characters that a normalizer replaces if they stand side by side.
         ends_words: whether a space always ends a word.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, becomes: Callable[[str], str], avoided: set[str], ends_words: bool
+        self,
+        backend: tokenizers.Tokenizer,
+        becomes: Callable[[str], str],
+        added: set[str],
+        avoided: set[str],
+        ends_words: bool,
     ) -> None:
         self._model, self._becomes, self._avoided = backend.model, becomes, avoided
         self._ends_words = ends_words
         pieces = backend.get_vocab(with_added_tokens=False)
         self._alphabet = {piece for piece in pieces if len(piece) == 1}
-        self._longest = max(map(len, pieces), default=0)
+        self._longest = max(map(len, (*pieces, *added)), default=0)
         # Such tokens cover characters that are none by themselves.
         self._rare = [set(piece) for piece in pieces if self._alphabet.isdisjoint(piece)]
+        self._rare += map(set, added)
         self._kinds = np.zeros(_CODES, np.uint8)
         self._kinds[0xD800:0xE000] = _KNOWN
 
@@ -89,12 +96,12 @@ class Unknown:
         for code in codes[self._kinds[codes] == _NEW].tolist():
             self._kinds[code] = self._kind(chr(code))
         unknown = [chr(code) for code in codes[self._kinds[codes] == _UNKNOWN].tolist()]
-        made = set("".join(map(self._becomes, unknown)))
-        covered = set().union(*(piece for piece in self._rare if piece <= made))
+        present = set("".join([*unknown, *map(self._becomes, unknown)]))
+        covered = set().union(*(piece for piece in self._rare if piece <= present))
         if not covered:
             return self._kinds
         kinds = self._kinds.copy()
-        kinds[[ord(char) for char in unknown if not covered.isdisjoint(self._becomes(char))]] = _KNOWN
+        kinds[[ord(char) for char in unknown if not covered.isdisjoint((char, *self._becomes(char)))]] = _KNOWN
         return kinds
 
     def _kind(self, char: str) -> int:
