@@ -31,8 +31,7 @@ def encoded(encode_batch: Callable[..., list], inputs: list, **options: Any) -> 
                     ) from None
         raise
     except BaseException as error:
-        # A panic of the library is no Exception. An expression that splits at words ends so on gaps of millions of
-        # spaces. The panic's message may have some of the text in it.
+        # A panic of the library is no Exception. Its message may have some of the text in it.
         if type(error).__name__ == "PanicException":
             raise ValueError("the tokenizers library failed on a text") from error
         if not isinstance(error, Exception) or "runcation" not in str(error):
