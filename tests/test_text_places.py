@@ -1,7 +1,8 @@
 """How much of a long text is tokenised to cut it, at which places, and which texts are refused."""
 
 import pytest
-from tokenizers import AddedToken, Regex
+import tokenizers
+from tokenizers import AddedToken, Regex, models
 
 from cut_tokenizers import BACKENDS, BYTES, REPLACED, XLM_R, N, P, charsmap, made
 from fastbert.text import seams
@@ -122,6 +123,20 @@ def test_spaces_that_end_no_words(name, monkeypatch):
             assert cut.ids[-kept - 1 :] == whole.ids[-kept - 1 :]
 
 
+def test_tokens_across_spaces(monkeypatch):
+    """Where a pre-tokenizer does not split at spaces."""
+    monkeypatch.setattr(seams, "_WORTH_CUTTING", 1)
+    monkeypatch.setattr(seams, "_SIZES", (1, 2, 3))
+    pieces = [("<unk>", 0.0), ("▁", -3.0), ("a", -3.0), ("b", -3.0), ("b▁a", -1.0)]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = P.Metaspace(split=False)
+    text = "ab " * 30
+    whole, cutter = backend.encode(text).ids, Cutter(backend)
+    for kept in range(1, 20):
+        assert backend.encode(cutter.text(text, kept)).ids[: kept + 1] == whole[: kept + 1]
+        assert backend.encode(cutter.ending(text, kept)).ids[-kept - 1 :] == whole[-kept - 1 :]
+
+
 def test_bars_for_several_spaces():
     """As in T5: they end words as spaces do, and gaps of them are shortened."""
     backend = made(
@@ -129,6 +144,7 @@ def test_bars_for_several_spaces():
     )
     cutter = Cutter(backend)
     assert len(cutter.text("ab ab " * 9000, 9)) < 200
+    assert len(cutter.ending("ab ab " * 9000, 9)) < 200
     for gap in (" " * 100, "\t" + " " * 100, " \t" * 50):
         text = f"ab{gap}ab"
         short = Seams(backend)._shortened(text)

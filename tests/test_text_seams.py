@@ -329,6 +329,7 @@ def test_ends_of_texts_that_begin_with_other_tokens():
     xlm_r = small(None, XLM_R)
     assert xlm_r._begins("a b", 1)
     assert not xlm_r._begins("a  b", 1)
+    assert not xlm_r._begins("xa  bx", 2)
     assert not small(N.NFC(), XLM_R)._begins("a \u0301", 1)
     assert not small(None, XLM_R, [" x"])._begins("a b", 1)
     for name in ("NFKC", "no split", "no words"):
