@@ -387,6 +387,37 @@ def test_bytes_of_an_unknown_character_before_a_seam():
     assert not seen._has_final(text, 4, 4)
 
 
+def test_the_longest_token_may_reach_over_a_seam():
+    """By one letter, so that only tokens before it are final."""
+    pieces = [("?", 0.0), *((letter, -3.0) for letter in "xabcd"), ("abcd", -1.0)]
+    seen = Seams(tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0)))
+    assert list(seen._ends_of_tokens("xxabc")) == [5, 2]
+    assert seen._has_final("xxabcd", 5, 1)
+    assert not seen._has_final("xxabcd", 5, 3)
+
+
+def test_characters_that_are_normalized_otherwise_by_themselves():
+    """Here "▁" is put before each unknown one, and so their word would have more tokens than it has."""
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "▁", "a", "b", "c", "bc"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("b", "c")], unk_token="<unk>"))
+    backend.normalizer = N.Prepend("▁")
+    seen, text = Seams(backend), "ไaไaไabc"
+    assert seen._is_seam(text, 7)
+    assert backend.encode(text[:7]).ids == [1, 0, 2, 0, 2, 0, 2, 3]
+    assert backend.encode(text).ids == [1, 0, 2, 0, 2, 0, 2, 5]
+    assert not seen._has_final(text, 7, 8)
+
+
+def test_a_space_ends_a_word():
+    """All tokens before it are final, the last one, too."""
+    seen = Seams(BACKENDS["XLM-R"]())
+    count = len(seen._tokenised("xq")[0])
+    assert seen._has_final("xq xq", 2, count)
+    assert not seen._has_final("xq xq", 2, count + 1)
+    assert not seen._has_final("xqxq", 2, count)
+    assert seen._has_final("xq xqxq", 5, count)
+
+
 def test_an_unknown_token_may_go_on():
     """As the last one before a seam, it is not final, although its id stays."""
     seen, text = Seams(BACKENDS["XLM-R"]()), "ab" + "ไ" * 9
