@@ -88,7 +88,7 @@ class Runs:
     ) -> None:
         self._model, self._tokenised, self._seam_in = backend.model, tokenised, seam_in
         self._is_bpe = isinstance(backend.model, models.BPE)
-        self._longest = max(map(len, backend.get_vocab(with_added_tokens=False)))
+        self._longest = max(map(len, backend.get_vocab(with_added_tokens=False)), default=0)
         self._agrees: bool | None = None
 
     def beginning(self, text: str, wanted: int, shorten: bool) -> str | None:
