@@ -70,6 +70,9 @@ def test_long_gaps_before_the_end_of_a_text():
 GAPS = {
     "two spaces become a letter": N.Replace("  ", "q"),
     "two spaces of any kind become a letter": N.Sequence([N.Nmt(), N.Replace("  ", "q")]),
+    "each two spaces become a letter, and others disappear": N.Sequence(
+        [N.Replace("  ", "q"), N.Replace(Regex(r"\s+"), "")]
+    ),
     "a space becomes a separator": N.Replace("\t", " \x1c"),
     "spaces become a letter": N.Replace(Regex(" {2,}"), "q"),
     "spaces disappear": N.Replace(Regex(" {2,}"), ""),

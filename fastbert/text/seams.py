@@ -328,12 +328,13 @@ class Seams:
         """Matches long gaps that count as two spaces, as a normalizer joins spaces or a pre-tokenizer drops them."""
         if any(map(is_space, "".join(self._contents))):
             return None
+        made = {space: self._becomes(space) for space in _GAPS}
+        spaces = [space for space in _GAPS if not {space, *made[space]} & self._avoided]
         if self._drops_spaces:
-            made = {space: self._becomes(space) for space in _GAPS}
-            spaces = [space for space in _GAPS if is_white(made[space]) and not {space, *made[space]} & self._avoided]
+            spaces = [space for space in spaces if is_white(made[space])]
         else:
             two = self._normalised("x  x")
-            spaces = [space for space in _GAPS if all(self._normalised(f"x{' ' * n}{space}x") == two for n in (1, 2))]
+            spaces = [space for space in spaces if all(self._normalised(f"x{' ' * n}{space}x") == two for n in (1, 2))]
             pairs = {pair: self._normalised(f"x{pair}x") for pair in map("".join, itertools.product(spaces, repeat=2))}
             spaces = [
                 space for space in spaces if all(joined == two for pair, joined in pairs.items() if space in pair)
