@@ -201,10 +201,10 @@ from fastbert.cli.serve import return_blocks
 if sys.argv[1] == "set":
     return_blocks({})
 resident = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-del [bytearray(8 << 20)][:]  # glibc now takes blocks up to this size from a heap that is not given back
+del [bytearray(16 << 20)][:]  # glibc now takes blocks up to this size from a heap that is not given back
 before, kept, blocks = resident(), [], []
-for _ in range(100):
-    blocks.append(bytearray(1 << 20))
+for _ in range(25):
+    blocks.append(bytearray(6 << 20))
     kept.append(bytearray(100_000))
 del blocks
 print(resident() - before)
@@ -213,7 +213,7 @@ print(resident() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the allocator of glibc")
 def test_memory_of_large_blocks_goes_back_to_the_system():
-    """A server's memory grew from 470 to 720 MB in its first minute of texts of a megabyte."""
+    """A server's memory grew from 470 to 720 MB in its first minute."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     left = {
         how: int(
@@ -221,7 +221,7 @@ def test_memory_of_large_blocks_goes_back_to_the_system():
         )
         for how in ("set", "unset")
     }
-    assert left["set"] < 20 << 20 < 90 << 20 < left["unset"], left
+    assert left["set"] < 20 << 20 < 120 << 20 < left["unset"], left
 
 
 def test_a_size_of_blocks_in_the_environment_stays(monkeypatch):
