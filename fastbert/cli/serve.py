@@ -22,7 +22,7 @@ SPINS = "1000"
 # Blocks of memory from this size on go back to the system when they are freed. By default glibc raises the size to that
 # of the largest block freed so far: then the texts, activations and answers of a busy server leave gaps between each
 # other, and its memory grows for minutes.
-# Smaller sizes cost time, since the activations of each batch would be in new pages: 4% of the texts a second at 512 KB.
+# Smaller sizes cost time, as the activations of each batch would be in new pages: 4% of the texts a second at 512 KB.
 LARGE_BLOCK = 4_194_304
 MOST_AT_THE_TOP = 33_554_432  # bytes of the heap that stay when all behind them is free
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
