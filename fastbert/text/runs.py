@@ -197,9 +197,11 @@ class Runs:
         """(what follows the last unit in the word, as far as it is looked at; whether the word ends there)."""
         at = run.start + run.repetitions * run.period
         end, is_whole = len(text), True
+        if SURROGATE.search(text, at, at + _TAIL):
+            return "", False
         if end - at > _TAIL:
             seam = self._seam_in(text, run.end + 1, at + _TAIL)
-            if seam is None or SURROGATE.search(text, at, at + _TAIL):
+            if seam is None:
                 return "", False
             end, is_whole = seam
         _, pieces, words = self._tokenised(text[: run.start + _MANY * run.period] + text[at:end])
