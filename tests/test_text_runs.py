@@ -108,6 +108,19 @@ def test_signs_that_disappear_or_are_one_token():
     assert cutter("XLM-R").text(text, 511, shorten=True) == text
 
 
+def test_the_end_of_a_run_in_bpe_is_far_behind_the_wanted_tokens():
+    """A run of 8 m + 7 letters ends with tokens of 4, 2 and 1, and of 8 m + 6 with 4 and 2."""
+    doubled = [letter * 2**n for letter in "ac" for n in range(5 if letter == "c" else 4)]
+    merges = [(piece, piece) for piece in doubled if piece + piece in doubled]
+    model = models.BPE({piece: i for i, piece in enumerate(doubled)}, merges)
+    backend = tokenizers.Tokenizer(model)
+    cutter = Cutter(backend)
+    for wanted, head in itertools.product(range(20, 36), ("c" * 16, "c" * 33, "c" * 50)):
+        text = head + "a" * 8_000
+        cut = cutter._seams._runs.beginning(text, wanted, False)
+        assert model.tokenize(cut)[wanted - 1].id == model.tokenize(text)[wanted - 1].id
+
+
 def test_a_run_of_an_added_token_is_no_run_of_a_word():
     backend = made("unigram", SENTENCEPIECE, XLM_R, MADE_UP)
     text = "ab" * 20_000
