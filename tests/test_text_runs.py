@@ -86,6 +86,27 @@ def test_two_runs_with_a_place_between_that_all_paths_go_through():
     assert ids_of("XLM-R", cut)[:512] == ids_of("XLM-R", text)[:512]
 
 
+def equally_good() -> tokenizers.Tokenizer:
+    """The rest of a run of x or y, divided by three, can stand anywhere in it with the same sum."""
+    scores = {"▁": -3.0, "x": -8.5, "xx": -12.75, "xxx": -12.625, "y": -8.5, "yy": -12.75, "yyy": -12.625, "xy": -17.0}
+    backend = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), *scores.items()], 0))
+    backend.pre_tokenizer = XLM_R
+    return backend
+
+
+def test_a_run_before_another_word_and_before_more_than_is_looked_at():
+    backend = equally_good()
+    cutter = Cutter(backend)
+    for length in range(50_000, 50_003):
+        text = "x" * length + " yy" * 400
+        cut = cutter.text(text, 100)
+        assert len(cut) < 10_000
+        assert backend.encode(cut).ids[:101] == backend.encode(text).ids[:101]
+        for behind in range(2_000, 2_003):
+            text = "x" * length + "y" * behind
+            assert backend.encode(cutter.text(text, 100)).ids[:101] == backend.encode(text).ids[:101]
+
+
 def test_a_path_through_the_middle_of_a_character():
     """ﬁ becomes two letters, and the tokens are "if". Where only ids are asked for, the last ﬁ is written as them."""
     backend = tokenizers.Tokenizer(

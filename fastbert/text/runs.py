@@ -143,11 +143,9 @@ class Runs:
     # ---- characters that can be left out ------------------------------------------------------------------
 
     def _shortened(self, text: str, run: _Run) -> str | None:
-        if run.unit and not self._is_bpe:
-            # Other sums, rounded in another way, would decide on the tokens behind the run.
-            tail = self._tail(text, run)
-            if self._paths.covers(run.unit) or tail != ("", True):
-                return None
+        # In Unigram, other sums, rounded in another way, would decide on the tokens behind the run.
+        if run.unit and not self._is_bpe and self._tail(text, run) != ("", True):
+            return None
         return text[: run.start] + text[run.start + run.repetitions * run.period :]
 
     # ---- BPE ----------------------------------------------------------------------------------------------
