@@ -107,6 +107,23 @@ def test_a_run_before_another_word_and_before_more_than_is_looked_at():
             assert backend.encode(cutter.text(text, 100)).ids[:101] == backend.encode(text).ids[:101]
 
 
+def test_a_mark_behind_a_run_changes_its_last_letter():
+    scores = {"▁": -3.0, "a": -8.5, "aa": -12.75, "aaa": -12.625}
+    backend = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), *scores.items()], 0))
+    backend.normalizer, backend.pre_tokenizer = N.NFC(), XLM_R
+    for length in range(50_000, 50_003):
+        text = "a" * length + "\u0301"
+        assert backend.encode(Cutter(backend).text(text, 100)).ids[:101] == backend.encode(text).ids[:101]
+
+
+def test_a_repetition_may_begin_at_any_character():
+    """ALBERT replaces each two apostrophes."""
+    for head in ("", "x"):
+        text = head + "'" * 50_000
+        cut = cutter("ALBERT")._seams._runs.beginning(text, 512, False)
+        assert ids_of("ALBERT", cut)[:512] == ids_of("ALBERT", text)[:512]
+
+
 def test_a_path_through_the_middle_of_a_character():
     """ﬁ becomes two letters, and the tokens are "if". Where only ids are asked for, the last ﬁ is written as them."""
     backend = tokenizers.Tokenizer(
@@ -244,3 +261,6 @@ def test_half_of_the_smallest_part_is_rounded_to_even():
     counted._scores = {"x": -(1.0 + smallest / 2)}
     assert counted._times(places, -(1.0 + smallest), -1.1e9, "x") == 0
     assert counted._times(places, -2.0, -1.1e9, "x") > 0
+    counted._scores = {"x": 1.0}  # sums would come nearer to 0, and get another exponent
+    counted._found.clear()
+    assert counted._times(places, -2.0, -1.1e9, "x") == 0
