@@ -6,6 +6,8 @@ torchrun --nproc-per-node 2 tests/heads_in_ranks.py
 from __future__ import annotations
 
 import copy
+import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -60,6 +62,8 @@ def main() -> None:
             expect_gradients(parallel, truth, f"{name} {head}")
         expect_whole_state(sharded, truth)
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads of torch.distributed may still run, and at an ordinary end they sometimes abort the process
 
 
 def expect_gradients(parallel: torch.nn.Module, truth: torch.nn.Module, what: str) -> None:
