@@ -159,6 +159,15 @@ def test_the_end_of_a_run_in_bpe_is_far_behind_the_wanted_tokens():
         assert model.tokenize(cut)[wanted - 1].id == model.tokenize(text)[wanted - 1].id
 
 
+def test_a_token_longer_than_the_runs_that_are_compared():
+    """A sign that is no token by itself, but two hundred of it are."""
+    backend = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -3.0), ("x" * 200, -5.0)], 0))
+    backend.pre_tokenizer = XLM_R
+    text = "x" * 50_000
+    cut = Cutter(backend).text(text, 10, shorten=True)
+    assert backend.encode(cut).ids[:11] == backend.encode(text).ids[:11]
+
+
 def test_a_run_of_an_added_token_is_no_run_of_a_word():
     backend = made("unigram", SENTENCEPIECE, XLM_R, MADE_UP)
     text = "ab" * 20_000

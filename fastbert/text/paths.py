@@ -93,6 +93,12 @@ class Paths:
             self._pass_all(front, tail[: -self.longest], tail[-self.longest :])
         return _only_mark(front)
 
+    def covers(self, unit: str) -> bool:
+        """Whether a token covers anything in a run of this unit."""
+        text = unit * (self._reach(unit) + 1)
+        ends = range(1, self.longest + 1)
+        return any(text[at : at + length] in self._scores for at in range(len(unit)) for length in ends)
+
     def _reach(self, unit: str) -> int:
         """Units into which a token can reach from the place before them."""
         return self.longest // len(unit) + 1

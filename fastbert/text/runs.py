@@ -144,7 +144,8 @@ class Runs:
 
     def _shortened(self, text: str, run: _Run) -> str | None:
         # In Unigram, other sums, rounded in another way, would decide on the tokens behind the run.
-        if run.unit and not self._is_bpe and self._tail(text, run) != ("", True):
+        # A token may also be longer than the runs that were compared.
+        if run.unit and not self._is_bpe and (self._paths.covers(run.unit) or self._tail(text, run) != ("", True)):
             return None
         return text[: run.start] + text[run.start + run.repetitions * run.period :]
 
