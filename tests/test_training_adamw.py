@@ -384,6 +384,25 @@ def test_a_copied_optimiser_steps_its_own_parameters():
 
 
 @pytest.mark.cpp
+@pytest.mark.parametrize("way", ["deepcopy", "load_state_dict"])
+def test_a_clipped_gradient_is_clipped_in_a_copy_too(way):
+    """`clip` leaves the scaling to the next step, which the copy, or a state loaded in between, did not know of."""
+    table, plain = (torch.ones(4, 8, requires_grad=True) for _ in range(2))  # unlike a Parameter, copied with gradient
+    optimizer, of_plain = AdamW([table], lr=0.1), torch.optim.AdamW([plain], lr=0.1)
+    table.grad, plain.grad = torch.full((4, 8), 3.0), torch.full((4, 8), 3.0)
+    optimizer.clip(1.0)
+    torch.nn.utils.clip_grad_norm_([plain], 1.0)
+    if way == "deepcopy":
+        optimizer = copy.deepcopy(optimizer)
+        table = optimizer.param_groups[0]["params"][0]
+    else:
+        optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    of_plain.step()
+    torch.testing.assert_close(optimizer.state[table]["exp_avg"], of_plain.state[plain]["exp_avg"])
+
+
+@pytest.mark.cpp
 def test_a_step_that_failed_is_not_counted():
     found = []
     for fails in (False, True):

@@ -1,10 +1,12 @@
 """The loop: the same gradients however a step is split, and no incomplete checkpoint."""
 
 import contextlib
+import copy
 import errno
 import json
 import math
 import os
+import pickle
 import re
 import signal
 from collections import defaultdict
@@ -232,6 +234,44 @@ def test_steps_of_the_optimiser(corrected):
         optimizer.set_rate(0.1 * step, step)
         optimizer.step()
         torch.testing.assert_close(p.detach(), truth)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict"])
+def test_a_copied_optimiser_goes_on_with_the_same_bits(way, corrected):
+    """Copies and pickles had lost eps and the choice of bias correction, and raised in `set_rate`."""
+
+    def made():
+        generator = torch.Generator().manual_seed(0)
+        matrix, bias = (torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 37), (37,)))
+        groups = [{"params": [matrix], "scale": 0.5, "decay": 0.1}, {"params": [bias], "scale": 1.0, "decay": 0.0}]
+        return GroupedAdamW(groups, (0.8, 0.95), 1e-3, corrected)
+
+    def steps(optimizer, first, last):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for step in range(first, last):
+            generator = torch.Generator().manual_seed(step)
+            for p in parameters:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.clip(1.0)
+            optimizer.set_rate(0.1 / step, step)
+            optimizer.step()
+        return parameters
+
+    optimizer = made()
+    parameters = steps(optimizer, 1, 4)
+    if way == "state_dict":
+        copied = made()
+        with torch.no_grad():
+            for p, q in zip(steps(copied, 1, 1), parameters, strict=True):
+                p.copy_(q)
+        copied.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    else:
+        copied = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    for p, q in zip(steps(optimizer, 4, 7), steps(copied, 4, 7), strict=True):
+        assert p is not q
+        assert torch.equal(p, q)
+        assert all(torch.equal(value, copied.state[q][name]) for name, value in optimizer.state[p].items())
 
 
 def test_the_norm_of_the_gradient_is_limited(tmp_path):

@@ -190,6 +190,8 @@ class AdamW(torch.optim.AdamW):
         deferred = self.__dict__.get("deferred")
         if deferred is not None:
             self.settle()
+        if "_scale" in self.__dict__:
+            self._scale_gradients()
         super().__setstate__(state)
         self._forget()
         self.deferred = deferred
@@ -201,6 +203,7 @@ class AdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
+        self._scale_gradients()
         return super().__getstate__()
 
     def state_dict(self) -> dict[str, Any]:
@@ -303,8 +306,10 @@ class AdamW(torch.optim.AdamW):
         for p in parameters:
             p.grad = None
 
+    @torch.no_grad()
     def _scale_gradients(self) -> None:
-        """Applies the scale of `clip` to the gradients for a step that torch computes, as under a GradScaler."""
+        """Applies the scale of `clip` to the gradients: for a step that torch computes, as under a GradScaler, and for
+        copies of the optimiser."""
         scale, self._scale = self._scale, 1.0
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if scale != 1.0 and gradients:

@@ -57,23 +57,25 @@ class GroupedAdamW(AdamW):
 
     bias_correction: False for the optimiser of Google's BERT, which does not correct the moments for their start at 0:
         p -= rate * (m / (sqrt(v) + eps) + decay * p)
+
+    Copies and pickles keep eps and bias_correction, which are in `defaults`. A state_dict does not have them: it is
+    loaded into an optimiser made with the same ones.
     """
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float, bias_correction: bool) -> None:
         super().__init__(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
-        self.eps, self.bias_correction = eps, bias_correction
+        self.defaults["bias_correction"] = bias_correction
 
     def set_rate(self, rate: float, step: int) -> None:
         """Sets the learning rate of the next step, which is the `step`-th of this optimiser, from 1.
 
         Without bias correction, rate, eps and decay are scaled so that torch's corrections cancel.
         """
+        eps, is_corrected = self.defaults["eps"], self.defaults["bias_correction"]
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            first, second = (
-                (1.0 - beta1**step, math.sqrt(1.0 - beta2**step)) if not self.bias_correction else (1.0, 1.0)
-            )
+            first, second = (1.0, 1.0) if is_corrected else (1.0 - beta1**step, math.sqrt(1.0 - beta2**step))
             lr = rate * group["scale"]
             group["lr"] = lr * first / second
-            group["eps"] = self.eps / second
+            group["eps"] = eps / second
             group["weight_decay"] = group["decay"] * second / first
