@@ -42,18 +42,30 @@ def least_size(op: str, name: str, inputs: dict[str, Any], true: Tensor) -> floa
         logits = rms(inputs["hidden"].double() @ inputs["weight"].double().T)
         factor = {"gradient of hidden": "weight", "gradient of weight": "hidden"}.get(name)
         return max(1e-3, logits * (1.0 if factor is None else rms(inputs[factor])))
+    return 1e-3 if rms(true) > 1e-12 else max(1e-3, size_of_terms(name, inputs))
+
+
+def size_of_terms(name: str, inputs: dict[str, Any]) -> float:
+    """The size of the terms whose differences are the gradients of q, k, pk and pq; 0 for other results."""
     factors = {
         "gradient of q": ("k", "v"), "gradient of k": ("q", "v"),
         "gradient of pk": ("q", "v"), "gradient of pq": ("k", "v"),
     }.get(name)  # fmt: skip
-    if factors is None or rms(true) > 1e-12:
-        return 1e-3
-    return max(1e-3, rms(inputs[factors[0]]) * rms(inputs[factors[1]]))
+    if factors is None:
+        return 0.0
+    scale = inputs.get("scale")
+    relative = 1.0 if scale is None else abs(scale) * inputs["q"].shape[-1] ** 0.5
+    return rms(inputs[factors[0]]) * rms(inputs[factors[1]]) * relative
 
 
 def rounding_of_scores(inputs: dict[str, Any]) -> float:
     """The largest rounding error of a float32 logsumexp of attention's scores. The gradients of torch's SDPA and of the
-    Triton kernels have a bias as large, because both compute probabilities from the scores and that number."""
+    Triton kernels have a bias as large, because both compute probabilities from the scores and that number.
+
+    If one key has nearly all of the probability, the gradients of q and k are small differences of large terms. They
+    have the rounding of these terms: ours that of the output o, from which delta is computed, and in float64 the
+    reference that of the logsumexp.
+    """
     if "qkv" in inputs:  # a layer's inputs
         qkv = inputs["x"].double() @ inputs["qkv"].double().T + inputs["qkv_bias"].double()
         q, k, _ = qkv.unflatten(1, (3, inputs["heads"], -1)).to(inputs["x"].dtype).unbind(1)
@@ -110,6 +122,8 @@ def judged(
         error = rms((found.double() - true)[keep])
         of_plain = max(share * rms((of[name].double() - true)[keep]) for of, share in rounded)
         floor = slack * max(rms(true[keep]), least_size(op, name, plain, true))
+        if op in ("attention", "attention_padded"):
+            floor = max(floor, rounding_of_scores(plain) * size_of_terms(name, plain))
         yield name, Judged(error, of_plain, floor)
 
 
