@@ -22,7 +22,7 @@ from ..kernels._invariance import is_batch_invariant as is_batch_invariant
 from ..kernels._layer import LayerOptions as LayerOptions
 from ..kernels._layer import LayerWeights as LayerWeights
 from ..kernels.cpu import adamw as adamw
-from ..kernels.cpu import table_gradients as table_gradients
+from ..kernels.cpu import kept_gradients as kept_gradients
 from ._attention import *
 from ._choice import IMPLS as IMPLS
 from ._choice import OLDEST_CAPABILITY as OLDEST_CAPABILITY

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import adamw as cpp
-from ..functional import table_gradients
+from ..functional import kept_gradients
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -131,7 +131,7 @@ class _Plan:
             of[1] += 1.0
         for of_part, update in self.parts:
             of_parts_gradients = [present[n] for n in of_part]
-            update.step(of_parts_gradients, table_gradients.touched_of(of_parts_gradients), by)
+            update.step(of_parts_gradients, kept_gradients.touched_of(of_parts_gradients), by)
         self.kept = [of.kept for of in by]
         torch.autograd.graph.increment_version([*self.updated, *self.moments])
         self._note_versions()
@@ -302,7 +302,7 @@ class AdamW(torch.optim.AdamW):
             super().zero_grad(False)
             return
         parameters = _parameters(self)
-        table_gradients.give_back([p.grad for p in parameters if p.grad is not None])
+        kept_gradients.give_back([p.grad for p in parameters if p.grad is not None])
         for p in parameters:
             p.grad = None
 

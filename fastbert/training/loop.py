@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TextIO
 import torch
 from torch import Tensor, nn
 
-from ..functional import table_gradients
+from ..functional import kept_gradients
 from ..inference.eight_bits import holds_integers
 from ..storage import write_atomically
 from .averaging import WeightAverage
@@ -212,7 +212,7 @@ class Loop:
         self.shaping.begin(self.model)
         self.shared.train()
         # Gradients that are summed over processes are not those that our backward pass wrote.
-        kept = table_gradients.Kept() if self.processes.count == 1 else nullcontext()
+        kept = kept_gradients.Kept() if self.processes.count == 1 else nullcontext()
         try:
             with kept, self._open_records(), _asked_to_stop() as asked:
                 for epoch, count in self.epochs():

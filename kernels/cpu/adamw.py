@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import kept_gradients
 from . import operators as cpp
-from . import table_gradients
 from .library import DEFERRED
 from .pointers import PLAIN, address, address_or_none, addresses, places, plain_addresses
 
@@ -177,17 +177,17 @@ def settle(p: Tensor, late: Tensor, kept: tuple[float, ...], rows: Tensor | None
 
 def norm(gradients: Sequence[Tensor], touched: Sequence[Tensor | None] | None = None) -> float | None:
     """The square root of the sum of squares of all elements; None if the C++ does not support these gradients, or they
-    have several dtypes. What `table_gradients` knows of them is not read. touched: as in `Update`, in its place."""
+    have several dtypes. What `kept_gradients` knows of them is not read. touched: as in `Update`, in its place."""
     if not gradients:
         return 0.0
     dtype = gradients[0].dtype
     found = plain_addresses(gradients, dtype) if dtype in cpp.dtypes() else None
     if found is None:
         return None
-    known = table_gradients.squares_of(gradients, found)
+    known = kept_gradients.squares_of(gradients, found)
     read = [i for i, total in enumerate(known) if total is None]
     rest = [gradients[i] for i in read]
-    of_rest = table_gradients.touched_of(rest) if touched is None else [touched[i] for i in read]
+    of_rest = kept_gradients.touched_of(rest) if touched is None else [touched[i] for i in read]
     pointers, sizes = array("Q"), array("q")
     for i, g, rows in zip(read, rest, of_rest, strict=True):
         pointers.extend((found[i], address_or_none("touched", rows, torch.uint8, _blocks(g)) or 0))

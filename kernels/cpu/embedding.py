@@ -15,8 +15,8 @@ from torch.autograd.function import FunctionCtx
 
 from .._library import by_torch, plain_gradients
 from .._random import keep_mask, keep_threshold
+from . import kept_gradients
 from . import operators as cpp
-from . import table_gradients
 from .library import NORM_BLOCK
 from .pointers import address, address_or_none
 
@@ -87,7 +87,7 @@ def backward(
     new = {"dtype": torch.float32, "device": "cpu"}
     dz = torch.empty(rows, width, **new)
     parts = torch.zeros(max(1, -(-rows // NORM_BLOCK)), 2, width, **new)
-    of_word, touched = table_gradients.take(tables[0].shape) if wanted[0] else (None, None)
+    of_word, touched = kept_gradients.take(tables[0].shape) if wanted[0] else (None, None)
     others = zip(tables[1:3], wanted[1:], strict=True)
     grads = [of_word, *(torch.empty(table.shape, **new) if want else None for table, want in others)]
     sizes = array("q", map(len, tables[:3]))

@@ -28,7 +28,7 @@ from .. import native
 from .._layer import LayerOptions, LayerWeights
 from .._library import apply_unwatched, by_torch, plain_gradients
 from .._random import keep_threshold
-from . import library, products, table_gradients
+from . import kept_gradients, library, products
 from . import operators as cpp
 from .library import NO_MEMORY, WIDTH
 from .pointers import PLAIN, address, address_of_starts, addresses
@@ -225,7 +225,7 @@ def backward(
         address("saved", t, torch.uint8, count) for t, (count, _, _) in zip(saved, of.bytes, strict=True)
     ])  # fmt: skip
     of_inputs = array("Q", [address("dx", dx, xs[0].dtype, size) for dx in dxs])
-    squares = array("d", bytes(8 * len(gradients))) if table_gradients.is_kept() else None
+    squares = array("d", bytes(8 * len(gradients))) if kept_gradients.is_kept() else None
     outcome = cpp.call(
         "trained_layers_backward", dtype, ctypes.addressof(of.array), len(layers),
         address("dy", dy, xs[0].dtype, of.sizes[-1]), of.weights.buffer_info()[0], inputs.buffer_info()[0],
@@ -234,7 +234,7 @@ def backward(
     )  # fmt: skip
     _ran(outcome, xs[0].shape[0], names.cu_seqlens)
     if squares is not None:
-        table_gradients.note_squares(gradients, squares)
+        kept_gradients.note_squares(gradients, squares)
     return dxs[(len(layers) - 1) % 2] if want_x else None, *gradients
 
 

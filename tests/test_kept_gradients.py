@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification
-from fastbert.kernels.cpu import adamw, table_gradients
-from fastbert.kernels.cpu.table_gradients import Kept
+from fastbert.kernels.cpu import adamw, kept_gradients
+from fastbert.kernels.cpu.kept_gradients import Kept
 from fastbert.packing import PackedBatch
 from fastbert.training.adamw import AdamW
 
@@ -98,12 +98,12 @@ def test_memory_is_used_again_and_rows_are_known():
             model(batch, labels=labels).loss.backward()
             gradient = word_of(model).grad
             places.add(gradient.data_ptr())
-            touched = table_gradients.touched(gradient)
+            touched = kept_gradients.touched(gradient)
             assert sorted(touched.nonzero().flatten().tolist()) == sorted(set(batch.input_ids.tolist()) - {0})
             assert torch.equal(touched > 0, (gradient != 0).any(1))
             optimizer.step()
             optimizer.zero_grad()
-            assert table_gradients.touched(gradient) is None
+            assert kept_gradients.touched(gradient) is None
             del gradient
     assert len(places) == 1
 
@@ -135,7 +135,7 @@ def test_blocks_of_two_threads_are_apart():
         with Kept():
             inside.set()
             left.wait(10)
-        found.append(table_gradients.take(torch.Size((4, 8)))[1])
+        found.append(kept_gradients.take(torch.Size((4, 8)))[1])
 
     with Kept():
         thread = threading.Thread(target=second)
@@ -144,7 +144,7 @@ def test_blocks_of_two_threads_are_apart():
     left.set()
     thread.join()
     assert found == [None]
-    assert table_gradients.take(torch.Size((4, 8)))[1] is None
+    assert kept_gradients.take(torch.Size((4, 8)))[1] is None
 
 
 def test_a_gradient_that_is_still_needed_is_not_written():
@@ -154,7 +154,7 @@ def test_a_gradient_that_is_still_needed_is_not_written():
         for model in (first, second):
             batch, labels = batch_of(1 if model is first else 2)
             model(batch, labels=labels).loss.backward()
-    assert table_gradients.touched(word_of(first).grad) is None
+    assert kept_gradients.touched(word_of(first).grad) is None
     assert word_of(first).grad.data_ptr() != word_of(second).grad.data_ptr()
     for model, seed in ((first, 1), (second, 2)):
         fresh = model_of()
