@@ -408,6 +408,26 @@ def test_other_slashes_in_an_address(served):
     assert served("texts", api_key="right").post("//embed", {"inputs": "a"}).status == 401
 
 
+def test_all_functions_have_an_address_behind_v1(served):
+    """For clients whose base URL ends with /v1. Only /v1/embed is something else, of Cohere's API."""
+    client = served("texts", "feelings", "names", "answers", "masks")
+    for path, body in (
+        ("/embed_all", {"inputs": "a b"}), ("/predict", {"inputs": "a b"}), ("/decode", {"ids": [5, 6]}),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"]}}), ("/tokenize", {"inputs": "a b"}),
+        ("/token_classify", {"inputs": "a b"}), ("/fill_mask", {"inputs": "a [MASK]"}),
+        ("/question_answer", {"inputs": {"question": "a", "context": "b"}}),
+    ):  # fmt: skip
+        found, wanted = client.post(f"/v1{path}", body), client.post(path, body)
+        assert (found.status, found.json()) == (200, wanted.json()), path
+        wrong = client.post(f"/v1{path}", {}), client.post(path, {})
+        assert [(reply.status, reply.json()) for reply in wrong] == [(422, wrong[0].json())] * 2, path
+    for path in ("/info", "/health", "/live", "/ready"):
+        found = client.get(f"/v1{path}")
+        assert (found.status, found.json()) == (200, client.get(path).json()), path
+    paths = client.get("/openapi.json").json()["paths"]
+    assert paths["/v1/fill_mask"] == paths["/fill_mask"]
+
+
 def test_metrics_of_texts(served):
     """Only the first text of a request was counted among the lengths, and times were those of requests alone."""
     client = served("texts", "ranks")

@@ -45,6 +45,9 @@ requests use in "model". The first MODEL answers requests without a name. The de
   SageMaker                  POST /invocations, GET /ping
   for machines               GET /live /ready /health /metrics /openapi.json; for people: GET /
 
+For clients whose base URL ends with /v1, most of these are also there: /v1/predict, /v1/token_classify, /v1/health; but
+/v1/embed is Cohere's.
+
 Texts longer than a model's limit are cut. "usage" counts the remaining tokens, and the header x-truncated-texts the cut
 texts; with {"truncate": false} in a request, a long text is an error instead. If the queue is full, a request is
 answered with 429 and Retry-After at once. On SIGTERM the server answers all accepted requests, then stops.

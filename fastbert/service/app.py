@@ -68,13 +68,13 @@ WAYS = (
     Way("models", openai.models, openai_form, ("/v1/models", "/models"), "GET"),
     Way("models", openai.model, openai_form, ("/v1/models/{name:path}",), "GET"),
     Way("embed", tei.embed, tei_form, ("/embed",)),
-    Way("embed_all", tei.embed_all, tei_form, ("/embed_all",)),
-    Way("predict", tei.predict, tei_form, ("/predict",)),
+    Way("embed_all", tei.embed_all, tei_form, ("/embed_all", "/v1/embed_all")),
+    Way("predict", tei.predict, tei_form, ("/predict", "/v1/predict")),
     Way("rerank", _rerank, tei_form, ("/rerank",)),
-    Way("similarity", tei.similarity, tei_form, ("/similarity",)),
-    Way("tokenize", tei.tokenize, tei_form, ("/tokenize",)),
-    Way("decode", tei.decode, tei_form, ("/decode",)),
-    Way("info", tei.info, tei_form, ("/info",), "GET"),
+    Way("similarity", tei.similarity, tei_form, ("/similarity", "/v1/similarity")),
+    Way("tokenize", tei.tokenize, tei_form, ("/tokenize", "/v1/tokenize")),
+    Way("decode", tei.decode, tei_form, ("/decode", "/v1/decode")),
+    Way("info", tei.info, tei_form, ("/info", "/v1/info"), "GET"),
     Way("rerank", _rerank, cohere_form, ("/v1/rerank", "/v2/rerank")),
     Way("score", openai.score, openai_form, ("/v1/score", "/score")),
     Way("embed", cohere.embed_v1, cohere_form, ("/v1/embed",)),
@@ -84,9 +84,9 @@ WAYS = (
     Way("models", ollama.tags, ollama_form, ("/api/tags", "/api/ps"), "GET"),
     Way("models", ollama.show, ollama_form, ("/api/show",)),
     Way("models", ollama.version, ollama_form, ("/api/version",), "GET"),
-    Way("token_classify", own.token_classify, tei_form, ("/token_classify",)),
-    Way("question_answer", own.question_answer, tei_form, ("/question_answer",)),
-    Way("fill_mask", own.fill_mask, tei_form, ("/fill_mask",)),
+    Way("token_classify", own.token_classify, tei_form, ("/token_classify", "/v1/token_classify")),
+    Way("question_answer", own.question_answer, tei_form, ("/question_answer", "/v1/question_answer")),
+    Way("fill_mask", own.fill_mask, tei_form, ("/fill_mask", "/v1/fill_mask")),
     Way("hub", own.hub, tei_form, ("/", "/v1", "/invocations", "/models/{name:path}")),
 )
 
@@ -230,7 +230,10 @@ def openapi(service: Service) -> tuple[int, bytes, bytes]:
     return 200, orjson.dumps(description(service.version, [way for way in WAYS if way.method == "POST"])), JSON
 
 
-PLAIN = {"/live": live, "/ready": ready, "/health": ready, "/ping": ready, "/openapi.json": openapi, "/": page}
+PLAIN = {
+    "/live": live, "/ready": ready, "/health": ready, "/ping": ready, "/openapi.json": openapi, "/": page,
+    "/v1/live": live, "/v1/ready": ready, "/v1/health": ready,
+}  # fmt: skip
 
 
 def _unknown(kind: str, message: str) -> Callable:

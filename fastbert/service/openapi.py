@@ -94,7 +94,7 @@ BODIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "/fill_mask": ({"inputs": TEXTS, "model": NAME, "parameters": PARAMETERS}, ("inputs",)),
     "/": ({"inputs": {"anyOf": [*TEXTS["anyOf"], {"type": "object"}]}, "parameters": PARAMETERS}, ()),
 }  # fmt: skip
-# address -> another address with the same fields
+# address -> another address with the same fields; for others under /v1 that is the address without /v1
 _SAME = {
     "/embeddings": "/v1/embeddings",
     "/score": "/v1/score",
@@ -126,7 +126,8 @@ def _plain(path: str) -> str:
 
 
 def _operation(path: str, answer: Callable) -> dict[str, Any]:
-    properties, required = BODIES[_SAME.get(path, path)]
+    same = _SAME.get(path, path)
+    properties, required = BODIES[same if same in BODIES else same.removeprefix("/v1")]
     schema = {"type": "object", "properties": properties, "required": list(required)}
     operation = {
         "summary": " ".join((answer.__doc__ or "").split()),
