@@ -155,15 +155,18 @@ class Client:
 
 
 class Process:
-    """`fastbert serve` of models (NAME=FOLDER) in float32 as a process, and requests to its sockets."""
+    """`fastbert serve` of models (NAME=FOLDER) in float32 as a process, and requests to its sockets.
 
-    def __init__(self, *models):
+    start: what the interpreter runs. variables: of the environment, beside those of this process.
+    """
+
+    def __init__(self, *models, start=("-m", "fastbert"), **variables):
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "fastbert", "serve", *models, "--port", str(self.port)]
+        command = [sys.executable, *start, "serve", *models, "--port", str(self.port)]
         command += ["--dtype", "float32", "--impl", "native", "--max-batch-tokens", "512"]
-        environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", **variables}
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until and self.process.poll() is None:

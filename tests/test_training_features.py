@@ -170,6 +170,25 @@ def test_a_context_is_read_once_however_many_windows_it_has(tokenizer, monkeypat
     assert looks[0] == looks[1]
 
 
+def test_little_is_tokenised_of_questions_and_words_of_megabytes(tokenizer, monkeypatch):
+    call, given = Tokenizer.__call__, []
+
+    def recording(self, texts, *pairs, **options):
+        given.extend(texts)
+        return call(self, texts, *pairs, **options)
+
+    monkeypatch.setattr(Tokenizer, "__call__", recording)
+    for question in ("a bc def " * 200_000, "a" * 2_000_000):
+        found = question_features(tokenizer, [Question("q", question, "a bc")], 24, 8, training=False, longest=30)
+        short = question_features(tokenizer, [Question("q", question[:500], "a bc")], 24, 8, training=False, longest=30)
+        assert (found.windows[0].input_ids, found.notes) == (short.windows[0].input_ids, short.notes)
+    for word in ("a.b," * 500_000, "a" * 2_000_000):
+        found = word_features(tokenizer, [Sentence("", [word], None)], None, 24, 8)
+        short = word_features(tokenizer, [Sentence("", [word[:500]], None)], None, 24, 8)
+        assert (found.windows[0].input_ids, found.notes) == (short.windows[0].input_ids, short.notes)
+    assert max(map(len, given)) < 2_000
+
+
 @pytest.mark.parametrize(
     ("text", "start", "tokens"),
     [("a", 0, (0, 0)), ("c", 5, (2, 2)), ("bb c", 2, (1, 2)), (" bb", 1, (1, 1)), ("b", 3, (1, 1)), (" ", 1, None)],

@@ -4,6 +4,8 @@
 
 A model thread without a batch tokenises requests itself. So a request to an idle server changes threads only twice,
 from the loop to the model thread and back. While all model threads compute, one more thread tokenises new requests.
+Requests with a long text are tokenised by a thread of their own, one after the other, so that no other request waits
+for that.
 
 A batch that is computed alone uses all processors, by OpenMP threads that its model thread keeps for the next one. They
 are fast only as long as they are the only such team of the process (see `end_team`). So the first model thread is woken
@@ -26,6 +28,7 @@ from .errors import ServiceError
 from .queue import SHARE, Full, TokenQueue, Waiting
 
 log = logging.getLogger("fastbert.service")
+LONG = 100_000  # characters of a request from which on it is tokenised beside others; that takes 10 ms or more
 
 
 class Piece(NamedTuple):
@@ -66,14 +69,15 @@ class Job:
         queue: the queue of its model.
         prepare: tokenises the request; called in another thread. It may raise ServiceError.
         announced: estimated tokens of the request, which count until it is tokenised.
+        characters: of all its texts.
 
     Attributes:
         answer: an asyncio future of the result.
         times: seconds of tokenising, in the queue, and of computing.
     """
 
-    def __init__(self, queue: TokenQueue, prepare: Callable[[], Prepared], announced: int):
-        self.queue, self.prepare, self.announced = queue, prepare, announced
+    def __init__(self, queue: TokenQueue, prepare: Callable[[], Prepared], announced: int, characters: int = 0):
+        self.queue, self.prepare, self.announced, self.is_long = queue, prepare, announced, characters > LONG
         self.answer: asyncio.Future = asyncio.get_running_loop().create_future()
         self.prepared: Prepared | None = None
         self.waiting: Waiting | None = None
@@ -114,8 +118,9 @@ class Engine:
         self.rate = 0.0  # tokens per second of batches that are not small, a moving mean
         self._lock = threading.Lock()
         self._for_worker = [threading.Condition(self._lock) for _ in range(workers)]
-        self._for_tokeniser = threading.Condition(self._lock)
+        self._for_tokeniser, self._for_long = threading.Condition(self._lock), threading.Condition(self._lock)
         self._unprepared: deque[Job] = deque()
+        self._long: deque[Job] = deque()  # jobs with a long text, not tokenised yet
         self._idle: set[int] = set()  # numbers of the model threads that wait and have not been woken
         self._busy = 0  # model threads that compute
         self._preparing = 0  # jobs that are being tokenised
@@ -125,7 +130,10 @@ class Engine:
             threading.Thread(target=self._work, args=(number,), name=f"model-{number}", daemon=True)
             for number in range(workers)
         ]
-        self._threads.append(threading.Thread(target=self._tokenise, name="tokenise", daemon=True))
+        self._threads += [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (("tokenise", self._tokenise), ("tokenise-long", self._tokenise_long))
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -140,6 +148,10 @@ class Engine:
                 job.queue.announce(job.announced)
             except Full as full:
                 raise self._refusal(job.queue, job.announced, full) from None
+            if job.is_long:
+                self._long.append(job)
+                self._for_long.notify()
+                return
             self._unprepared.append(job)
             if self._idle:
                 self._wake_worker()
@@ -157,6 +169,7 @@ class Engine:
             self._stopped = True
             self._wake_all_workers()
             self._for_tokeniser.notify_all()
+            self._for_long.notify_all()
         for thread in self._threads:
             thread.join()
 
@@ -169,7 +182,7 @@ class Engine:
         return sum(queue.tokens for queue in self.queues)
 
     def requests_waiting(self) -> int:
-        return len(self._unprepared) + sum(map(len, self.queues))
+        return len(self._unprepared) + len(self._long) + sum(map(len, self.queues))
 
     def _refusal(self, queue: TokenQueue, tokens: int, full: Full) -> ServiceError:
         if full.never:
@@ -211,13 +224,13 @@ class Engine:
                     batch = self._next_batch()
                     if batch or self._unprepared:
                         break
-                    if self._stopped and not self._preparing:
+                    if self._stopped and not self._preparing and not self._long:
                         return
                     self._idle.add(number)
                     while number in self._idle:
                         self._for_worker[number].wait()
                 if not batch:
-                    job = self._next_unprepared()
+                    job = self._next_of(self._unprepared)
                 else:
                     self._busy += 1
                     alone = self._busy == 1 and not any(self.queues)
@@ -230,7 +243,7 @@ class Engine:
                 self._prepare(job)
                 continue
             if self.threads is not None:
-                wanted = self.threads if alone else max(self.threads // (len(self._threads) - 1), 1)
+                wanted = self.threads if alone else max(self.threads // len(self._for_worker), 1)
                 if wanted != used:
                     use_threads(wanted)
                 used = wanted
@@ -253,15 +266,29 @@ class Engine:
                     if self._stopped:
                         return
                     self._for_tokeniser.wait()
-                job = self._next_unprepared()
-            self._prepare(job)
-            with self._lock:
-                if self._idle and any(self.queues):
-                    self._wake_worker()
+                job = self._next_of(self._unprepared)
+            self._prepare_beside(job)
 
-    def _next_unprepared(self) -> Job:
+    def _tokenise_long(self) -> None:
+        while True:
+            with self._lock:
+                while not self._long:
+                    if self._stopped:
+                        return
+                    self._for_long.wait()
+                job = self._next_of(self._long)
+            self._prepare_beside(job)
+
+    def _prepare_beside(self, job: Job) -> None:
+        """Tokenises a job in a thread without a model, and wakes a model thread."""
+        self._prepare(job)
+        with self._lock:
+            if self._idle and any(self.queues):
+                self._wake_worker()
+
+    def _next_of(self, line: deque[Job]) -> Job:
         self._preparing += 1
-        return self._unprepared.popleft()
+        return line.popleft()
 
     def _next_batch(self) -> list[tuple[Job, int]]:
         """The next batch; models take turns."""

@@ -258,7 +258,8 @@ class Service:
         """
         self.expect_count(texts)
         loop, timeout = asyncio.get_running_loop(), self.timeout_of(call)
-        job = Job(self.queues[model.name], prepare, announced(texts, None if in_windows else model.texts.limit))
+        tokens = announced(texts, None if in_windows else model.texts.limit)
+        job = Job(self.queues[model.name], prepare, tokens, sum(map(length_of, texts)))
         self.engine.submit(job)
         counted = TEXT_COUNTS.get(call.name)
         if counted is not None:

@@ -31,6 +31,10 @@ TRUNCATIONS = ("longest_first", "only_first", "only_second")
 
 _NO_LIMIT = 10**9  # transformers writes 1e30 where a model has no maximum length
 _KEPT_TRUNCATIONS = 8
+# Characters for each wanted token up to which a text is not worth cutting.
+_NOT_WORTH_CUTTING = 8
+# Tokens of a text by which it is compared with the other one of a pair.
+_COMPARED = 4_096
 # Texts in one call from which on `fast_ids` is set up, which costs as much as tokenising 2,000 short texts.
 _WORTH_FAST_IDS = 256
 # Texts in one call from which on a truncating copy of the backend is made, in 20 ms, even if no text is too long.
@@ -271,15 +275,25 @@ class Tokenizer:
     def _fast_ids(self) -> IdsOf | None:
         return fast_ids(self._backend)
 
-    def shortened(self, first: str, second: str, max_length: int | None = None) -> tuple[str, str]:
-        """A pair of texts with the same ids, and offsets of its own; a text of megabytes takes milliseconds.
+    def beginning(self, text: str, tokens: int) -> str:
+        """A text with the same first `tokens` ids, and at least one more if this text has more. Places may differ."""
+        if len(text) <= _NOT_WORTH_CUTTING * tokens:
+            return text
+        return self._cutter.text(text, tokens, shorten=True)
 
-        The middle of gaps, and of words that are [UNK] because they are too long, is left out, and what truncation to
-        `max_length` tokens cuts off.
+    def shortened(self, text: str, max_length: int) -> str:
+        """A text with the same ids in every pair that is cut to `max_length` tokens, at other places; a text of
+        megabytes takes milliseconds.
+
+        The middle of gaps, and of words that are [UNK] because they are too long, is left out, and what truncation cuts
+        off. Truncation of a pair compares the texts' numbers of tokens, so of each at least 4,096 remain. If both texts
+        have more, and `max_length` leaves an odd number, it may be the other text that keeps one token more.
         """
-        first, second = map(self._cutter.shortened, (first, second))
-        if max_length is None:
-            return first, second
+        part = self._cutter.text if self._keeps_beginnings else self._cutter.ending
+        return self._cutter.shortened(part(text, max(max_length, _COMPARED), shorten=True))
+
+    def shortened_pair(self, first: str, second: str, max_length: int) -> tuple[str, str]:
+        """A pair of texts that is cut to the same `max_length` tokens."""
         kept = max_length - self._backend.num_special_tokens_to_add(True)
         return self._cutter.pair(first, second, kept, "longest_first", not self._keeps_beginnings)
 

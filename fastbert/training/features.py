@@ -89,7 +89,7 @@ def word_features(
     Raises: ValueError if stride leaves no room for new words in a window.
     """
     room = _room(max_length - 2, stride)
-    pieces = _pieces_of_words(tokenizer, sentences)
+    pieces = _pieces_of_words(tokenizer, sentences, room)
     cut = windowed = 0
     windows = []
     for example, sentence in enumerate(sentences):
@@ -116,9 +116,11 @@ def word_features(
     return Features(windows, notes)
 
 
-def _pieces_of_words(tokenizer: Tokenizer, sentences: Sequence[Sentence]) -> dict[str, list[int]]:
+def _pieces_of_words(tokenizer: Tokenizer, sentences: Sequence[Sentence], most: int) -> dict[str, list[int]]:
+    """The pieces of each word; of a longer word at least `most + 1`."""
     words = list(dict.fromkeys(word for sentence in sentences for word in sentence.words))
-    ids = tokenizer(words, truncation=None, add_special_tokens=False).input_ids
+    beginnings = [tokenizer.beginning(word, most) for word in words]
+    ids = tokenizer(beginnings, truncation=None, add_special_tokens=False).input_ids
     return {word: of_word or [tokenizer.unk_token_id] for word, of_word in zip(words, ids, strict=True)}
 
 
@@ -142,8 +144,9 @@ def question_features(
     tokens = dict(zip(contexts, tokenizer(contexts, truncation=None, add_special_tokens=False).encodings, strict=True))
     gold = [gold_tokens(q, tokens[q.context].offsets) for q in questions]
     asked = [i for i, q in enumerate(questions) if not training or gold[i] or not q.answers]
-    ids = tokenizer([questions[i].question for i in asked], truncation=None, add_special_tokens=False).input_ids
     limit = min(QUESTION_TOKENS, max_length // 2)
+    beginnings = [tokenizer.beginning(questions[i].question, limit) for i in asked]
+    ids = tokenizer(beginnings, truncation=None, add_special_tokens=False).input_ids
     windows, windowed, split, beyond = [], 0, 0, 0
     for example, of_question in zip(asked, ids, strict=True):
         context = tokens[questions[example].context]

@@ -28,6 +28,7 @@ from .tasks import make_task
 from .text_tasks import NextSentenceTask
 
 SPEC_FILE = "fastbert_task.json"
+WORDS = re.compile(r"\w+|[^\w\s]")  # the words of a text that is tagged
 
 
 class Pipeline:
@@ -159,6 +160,9 @@ def _text(value: Any, place: str) -> str:
 def _sentence(given: Any, place: str) -> Sentence:
     """The words of a text, which are runs of letters and digits, or single marks; or the words that are given."""
     if isinstance(given, str):
-        found = list(re.finditer(r"\w+|[^\w\s]", given))
-        return Sentence(place, [m.group() for m in found], None, given, [m.start() for m in found])
+        words, starts = [], []
+        for found in WORDS.finditer(given):  # a list of all would stop other threads for a second
+            words.append(found.group())
+            starts.append(found.start())
+        return Sentence(place, words, None, given, starts)
     return Sentence(place, [_text(word, place) for word in given], None)

@@ -31,8 +31,8 @@ async def token_classify(service: Service, call: Call) -> list:
     strategy = fields.choice(options, "aggregation_strategy", AGGREGATIONS)
     ignored = fields.take(options, "ignore_labels", list, ["O"])
     model = service.models.with_ability("entities", fields.take(call.body, "model", str))
-    way = model.abilities["entities"]
-    records = await service.run(call, model, texts, lambda: way.prepare(texts), in_windows=True)
+    way, most = model.abilities["entities"], service.settings.max_queue_tokens
+    records = await service.run(call, model, texts, lambda: way.prepare(texts, most), in_windows=True)
     made = [_words_of(record, ignored) if strategy == "none" else _entities_of(record, ignored) for record in records]
     return made[0] if isinstance(given, str) else made
 
@@ -71,7 +71,9 @@ async def question_answer(service: Service, call: Call) -> dict[str, Any] | list
     if longest is not None and longest > model.texts.limit:
         longest = model.texts.limit
     found = await service.run(
-        call, model, pairs, lambda: way.prepare(pairs, top_k=top_k, longest=longest, may_be_silent=silent),
+        call, model, pairs,
+        lambda: way.prepare(pairs, service.settings.max_queue_tokens, top_k=top_k, longest=longest,
+                            may_be_silent=silent),
         in_windows=True,
     )  # fmt: skip
     made = [answers[0] if top_k == 1 else answers for answers in found]
@@ -99,6 +101,13 @@ async def zero_shot(service: Service, call: Call) -> list:
     text = fields.needed(call.body, "inputs", str)
     names = fields.texts(options.get("candidate_labels"), "candidate_labels")
     template = fields.take(options, "hypothesis_template", str, "This example is {}.")
+    service.expect_count(names)
+    characters = sum(len(template) + template.count("{}") * len(name) for name in names)
+    if characters > service.settings.payload_limit:
+        raise ServiceError(
+            "too_large", f"hypothesis_template with each of candidate_labels has {characters:,} characters together, "
+            f"and at most {service.settings.payload_limit:,} are read (--payload-limit)", param="hypothesis_template",
+        )  # fmt: skip
     model = service.models.with_ability("labels", fields.take(call.body, "model", str))
     labels: Labels = model.abilities["labels"]
     lowered = [name.lower() for name in labels.labels]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ...training.features import Window
 from ...training.files import Question
-from ...training.pipeline import Pipeline
+from ...training.pipeline import WORDS, Pipeline
 from ...training.predicting import outputs_of
 from ...training.spans import best_spans, probabilities
 from ..engine import Piece, Prepared
 from ..errors import ServiceError
 from .texts import Texts
+
+_COUNTED = 65_536  # characters tokenised at once to count tokens
 
 
 class _Head:
@@ -108,10 +110,14 @@ class Entities:
     def __init__(self, pipeline: Pipeline):
         self.pipeline, self.lane = pipeline, _Head(pipeline)
 
-    def prepare(self, texts: Sequence[str]) -> Prepared:
+    def prepare(self, texts: Sequence[str], most: int | None = None) -> Prepared:
         """Tokenises. The answer is a list of dicts as `Pipeline` gives them, each also with the tag of every word. A
-        long text is several pieces, so nothing is cut."""
+        long text is several pieces, so nothing is cut.
+
+        most: tokens of all texts at most. Raises: ServiceError.
+        """
         task = self.pipeline.task
+        _expect_at_most(most, texts, lambda part: len(WORDS.findall(part)))  # at least a token for each
         examples = [self.pipeline.example(i, text) for i, text in enumerate(texts)]
         windows = _features(task, examples)
 
@@ -135,6 +141,7 @@ class Answers:
     def prepare(
         self,
         pairs: Sequence[tuple[str, str]],
+        most: int | None = None,
         *,
         top_k: int = 1,
         longest: int | None = None,
@@ -144,10 +151,14 @@ class Answers:
         start and end in characters, the best first; answer "" stands for no answer.
 
         Args:
+            most: tokens of all contexts at most.
             longest: tokens of an answer at most; None for the model's own.
             may_be_silent: whether no answer is one of them; None for what the model was trained for.
+
+        Raises: ServiceError.
         """
         task = self.pipeline.task
+        _expect_at_most(most, [context for _, context in pairs], lambda part: len(task.tokenizer.tokenize(part)))
         longest = task.spec.longest if longest is None else longest
         silent = task.allows_no_answer if may_be_silent is None else may_be_silent
         examples = [Question(str(i), question, context) for i, (question, context) in enumerate(pairs)]
@@ -174,6 +185,27 @@ class Answers:
             return [{"score": p, **answer} for p, (_, answer) in best]
 
         return Prepared(self.lane.pieces(windows), _tokens_of(windows, len(pairs)), 0, finish)
+
+
+def _expect_at_most(most: int | None, texts: Sequence[str], count: Callable[[str], int]) -> None:
+    """Refuses texts that have more than `most` tokens before they are tokenised whole, which takes gigabytes.
+
+    count: tokens of a part of a text.
+    """
+    tokens = 0
+    if most is None or sum(map(len, texts)) <= most:
+        return
+    for text in texts:
+        for at in range(0, len(text), _COUNTED):
+            try:
+                tokens += count(text[at : at + _COUNTED])
+            except ValueError as error:
+                raise ServiceError("tokenizer", str(error)) from error
+            if tokens > most:
+                raise ServiceError(
+                    "too_large", f"the texts have more than {most:,} tokens, and no more may wait: send fewer texts at "
+                    "once, or start the server with a larger --max-queue-tokens",
+                )  # fmt: skip
 
 
 def _features(task: Any, examples: list[Any]) -> list[Window]:

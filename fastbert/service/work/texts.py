@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...text.tokenizer import Tokenizer
@@ -112,14 +112,17 @@ class Texts:
         limit = self._limit(limit)
         tokenizer, shortened = self._of_side[side or self.side], [False] * len(seconds)
         if most is not None and most < limit:
-            seconds = [self._of_side["right"].shortened("", text)[1] for text in seconds]
+            seconds = _each_once(lambda text: self._of_side["right"].shortened(text, most + 1), seconds)
             found, _ = self._encodings((seconds,), True, "right", self.limit, add_special_tokens=False)
             shortened = [len(encoding.ids) > most for encoding in found]
             seconds = [
                 text[: encoding.offsets[most - 1][1]] if is_cut else text
                 for text, encoding, is_cut in zip(seconds, found, shortened, strict=True)
             ]
-        pairs = [tokenizer.shortened(*pair, limit) for pair in zip(firsts, seconds, strict=True)]
+        firsts, seconds = (
+            _each_once(lambda text: tokenizer.shortened(text, limit), texts) for texts in (firsts, seconds)
+        )
+        pairs = [tokenizer.shortened_pair(*pair, limit) for pair in zip(firsts, seconds, strict=True)]
         found, cut = self._encodings(tuple(zip(*pairs, strict=True)), truncate, side, limit)
         return found, sum(map(max, cut, shortened))
 
@@ -172,6 +175,12 @@ class Texts:
             "request says that it must not be cut",
             code="context_length_exceeded",
         )
+
+
+def _each_once(function: Callable[[str], str], texts: Sequence[str]) -> list[str]:
+    """function(text) of each text; one that occurs several times, as a query in each pair, is computed once."""
+    found = {text: function(text) for text in dict.fromkeys(texts)}
+    return [found[text] for text in texts]
 
 
 def announced(texts: Sequence[Any], limit: int | None) -> int:

@@ -67,7 +67,7 @@ class Vectors:
             return self.encoder.prompt
         if name not in self.encoder.prompts:
             known = ", ".join(self.encoder.prompts) or "none"
-            raise ServiceError("invalid", f"there is no prompt {name!r}; prompts are {known}", param="prompt_name")
+            raise ServiceError("invalid", f"there is no prompt {name[:99]!r}; prompts are {known}", param="prompt_name")
         return self.encoder.prompts[name]
 
     def prompt_for(self, role: str | None) -> str:
