@@ -127,6 +127,31 @@ def test_tokenize_and_decode(client):
     assert client.post("/decode", {"ids": [10**6]}).status == 422
 
 
+def test_places_in_texts_of_megabytes(served, monkeypatch):
+    """They were tokenised whole, in seconds, if they had no spaces or nothing else."""
+    client = served("texts")
+    own = client.service.models.served[0].texts.tokenizer
+    whole, given = type(own).__call__, []
+    monkeypatch.setattr(
+        type(own), "__call__", lambda self, texts, **more: given.extend(texts) or whole(self, texts, **more)
+    )
+    million = 1_000_000
+    for text, wanted in (
+        ("x" * million + " a", [("[UNK]", 0, million), ("a", million + 1, million + 2)]),
+        (" " * million + "a\x00c", [("a", million, million + 1), ("##c", million + 2, million + 3)]),
+        ("a" + "\x00" * million + "b", [("a", 0, 1), ("##b", million + 1, million + 2)]),
+        ("a" + "\u3000" * million, [("a", 0, 1)]),
+    ):  # fmt: skip
+        (found,) = client.post("/tokenize", {"inputs": text}).json()
+        assert [(t["text"], t["start"], t["stop"]) for t in found[1:-1]] == wanted
+    assert max(map(len, given)) < 10_000
+    scattered = "\U0001d165" + "x" * 300_000  # a mark that is sorted
+    reply = client.post("/tokenize", {"inputs": ["a", scattered]})
+    assert (reply.status, "text 1" in reply.json()["error"]) == (413, True)
+    assert client.post("/tokenize", {"inputs": scattered[:200_000]}).status == 200
+    assert client.post("/embed", {"inputs": scattered}).status == 200
+
+
 def test_tokenize_stops_at_the_limit(client):
     long = "a " * 100
     reply = client.post("/tokenize", {"inputs": ["a", long]})

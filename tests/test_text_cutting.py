@@ -311,6 +311,30 @@ def test_shortening_changes_no_id(name, side, monkeypatch):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", BACKENDS)
+def test_tokens_of_a_shortened_text_have_their_places(name, side, monkeypatch):
+    monkeypatch.setattr(tokenizer, "_WORTH_SHORTENING", 0)
+    monkeypatch.setattr(cutting, "_CHARACTERS_PER_TOKEN", 1)
+    made, plain = BACKENDS[name](), BACKENDS[name]()
+    made.model.max_input_chars_per_word = plain.model.max_input_chars_per_word = 9
+    ours, draw, shorter = OurTokenizer(made, {"truncation_side": side}), random.Random("places " + name + side), 0
+    for _ in range(max(STRINGS // len(BACKENDS) // 2, 1)):
+        monkeypatch.setattr(kinds, "_CHUNK", draw.choice((97, 150, 400, 65_536)))
+        text, length = text_with_runs(draw), draw.choice((3, 4, 7, 12, 30, 500))
+        plain.no_truncation()
+        whole = plain.encode(text, add_special_tokens=False)
+        short, places = ours.located(text, length)
+        found = plain.encode(short, add_special_tokens=False)
+        assert len(places) == len(short)
+        spans = [(places[a], places[b - 1] + 1) if a < b else (a, b) for a, b in found.offsets]
+        kept = slice(length) if side == "right" else slice(-length, None)
+        assert (found.ids[kept], spans[kept]) == (whole.ids[kept], whole.offsets[kept]), (repr(text), length)
+        assert len(found.ids) > length or found.ids == whole.ids
+        shorter += len(short) < len(text) / 2
+    assert shorter > 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_shortened_pairs_have_the_same_ids(name, side, monkeypatch):
     monkeypatch.setattr(cutting, "_WORTH_SHORTENING", 0)
     ours, plain = OurTokenizer(BACKENDS[name](), {"truncation_side": side}), BACKENDS[name]()
@@ -354,6 +378,13 @@ def test_little_of_two_texts_of_megabytes_is_tokenised(side, monkeypatch):
             kept = [[e.type_ids.count(number) for number in (0, 1)] for e in (found, whole)]
             assert len(found.ids) == length
             assert abs(kept[0][0] - kept[1][0]) <= 1
+
+    # Also where words have many tokens, of which the library makes windows.
+    plain.no_truncation()
+    long = "eee" * 20 + " "
+    short = ours.shortened(long * 100, 20)
+    ids, whole = (plain.encode(text, add_special_tokens=False).ids for text in (short, long * 100))
+    assert 60 < len(ids) < 120 < len(whole)
 
 
 def test_a_mark_that_parts_others_stays(monkeypatch):

@@ -116,6 +116,31 @@ class Kinds:
                 return found
             text = found
 
+    def located(self, text: str) -> tuple[str, np.ndarray]:
+        """(the shortened text, the place in the text of each of its characters). The first character of a word, and the
+        last one that is not dropped, are among them.
+
+        Where marks are sorted, the library gives places that depend on characters between, so nothing is left out.
+        """
+        whole, places = text, None
+        while True:
+            parts, kept = [], [np.empty(0, np.intp)]
+            for at in range(0, len(text), _CHUNK):
+                chunk = text[at : at + _CHUNK]
+                encoding, codes, kinds = self._kinds_of(chunk)
+                if ((kinds == PARTING) | (kinds == OTHER)).any():
+                    return whole, np.arange(len(whole))
+                of_chunk = self._kept_of(kinds)
+                if of_chunk is not None:
+                    chunk = codes[of_chunk].tobytes().decode(encoding, "surrogatepass")
+                parts.append(chunk)
+                kept.append(at + (np.arange(len(chunk)) if of_chunk is None else np.flatnonzero(of_chunk)))
+            found, of_text = "".join(parts), np.concatenate(kept)
+            places = of_text if places is None else places[of_text]
+            if len(found) == len(text) or len(text) <= _CHUNK:
+                return found, places
+            text = found
+
     def last_boundary(self, text: str) -> int:
         """The last place where the text can be cut in two parts with the same tokens together; 0 if there is none."""
         _, boundaries = self._looked_at(text, False)
@@ -126,16 +151,7 @@ class Kinds:
 
         From one such place to the next there is a mark or a letter, and so at least one token.
         """
-        if chunk.isascii():  # twice as fast as by the table
-            encoding, codes = "latin-1", np.frombuffer(chunk.encode("latin-1"), np.uint8)
-            kinds = np.frombuffer(codes.tobytes().translate(self._ascii), np.uint8)
-        else:
-            encoding, codes = "utf-32-le", np.frombuffer(chunk.encode("utf-32-le", "surrogatepass"), np.uint32)
-            kinds = self._table[codes]
-            if not kinds.all():
-                for code in np.unique(codes[kinds == _UNKNOWN]).tolist():
-                    self.of(chr(code))
-                kinds = self._table[codes]
+        encoding, codes, kinds = self._kinds_of(chunk)
         if shorten:
             kept = self._kept_of(kinds)
             if kept is not None:
@@ -145,6 +161,19 @@ class Kinds:
         if self._spaces_end_words:
             boundaries[:-1] |= (kinds[:-1] == SPACE) & (kinds[1:] == LETTER)
         return chunk, np.flatnonzero(boundaries)
+
+    def _kinds_of(self, chunk: str) -> tuple[str, np.ndarray, np.ndarray]:
+        """(an encoding, the characters of the chunk as numbers in this encoding, their kinds)."""
+        if chunk.isascii():  # twice as fast as by the table
+            codes = np.frombuffer(chunk.encode("latin-1"), np.uint8)
+            return "latin-1", codes, np.frombuffer(codes.tobytes().translate(self._ascii), np.uint8)
+        codes = np.frombuffer(chunk.encode("utf-32-le", "surrogatepass"), np.uint32)
+        kinds = self._table[codes]
+        if not kinds.all():
+            for code in np.unique(codes[kinds == _UNKNOWN]).tolist():
+                self.of(chr(code))
+            kinds = self._table[codes]
+        return "utf-32-le", codes, kinds
 
     def _kept_of(self, kinds: np.ndarray) -> np.ndarray | None:
         """[characters] bool, which of them are kept; None for all."""

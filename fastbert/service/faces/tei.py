@@ -144,16 +144,14 @@ async def tokenize(service: Service, call: Call) -> list[list[dict[str, Any]]]:
     truncate = fields.take(call.body, "truncate", bool, service.settings.auto_truncate)
 
     def made() -> tuple[list[list[dict[str, Any]]], int]:
-        encodings, cut = model.texts.encodings([prompt + text for text in given], truncate, special)
+        found, cut = model.texts.located([prompt + text for text in given], truncate, special)
         return [
             [
-                {"id": i, "text": token, "special": bool(is_special),
+                {"id": i, "text": token, "special": is_special,
                  "start": None if is_special else start, "stop": None if is_special else stop}
-                for i, token, is_special, (start, stop) in zip(
-                    e.ids, e.tokens, e.special_tokens_mask, e.offsets, strict=True
-                )
+                for i, token, is_special, start, stop in tokens
             ]
-            for e in encodings
+            for tokens in found
         ], cut  # fmt: skip
 
     answer, call.cut = await service.aside(made)

@@ -9,6 +9,7 @@ from ...text.tokenizer import Tokenizer
 from ..errors import ServiceError
 
 SIDES = ("right", "left")
+MOST_SEARCHED = 262_144  # characters of a text that are tokenised to find places, in 0.1 s
 
 
 class Texts:
@@ -126,13 +127,32 @@ class Texts:
         found, cut = self._encodings(tuple(zip(*pairs, strict=True)), truncate, side, limit)
         return found, sum(map(max, cut, shortened))
 
-    def encodings(self, texts: Sequence[str], truncate: bool, special: bool) -> tuple[list[Any], int]:
-        """(encodings of texts, how many texts were cut). Raises as `ids`.
+    def located(
+        self, texts: Sequence[str], truncate: bool, special: bool
+    ) -> tuple[list[list[tuple[int, str, bool, int, int]]], int]:
+        """((id, token, whether it is a special one, its start and end in characters of the text) of each token of each
+        text; how many texts were cut). Raises as `ids`, and ServiceError for a text whose tokens are too far apart.
 
         special: whether [CLS] and [SEP] are among the tokens.
         """
-        found, cut = self._encodings((texts,), truncate, None, self.limit, add_special_tokens=special)
-        return found, sum(cut)
+        parts, places = [], []
+        for number, text in enumerate(texts):
+            part, of_part = self.tokenizer.located(text, self.limit)
+            if len(part) > MOST_SEARCHED:
+                raise ServiceError(
+                    "too_large",
+                    f"text {number}: its {self.limit} tokens are found in {len(part):,} characters, and at most "
+                    f"{MOST_SEARCHED:,} are searched for their places",
+                )
+            parts.append(part)
+            places.append(of_part)
+        found, cut = self._encodings((parts,), truncate, None, self.limit, add_special_tokens=special)
+        rows = []
+        for e, of_part in zip(found, places, strict=True):
+            marks = map(bool, e.special_tokens_mask)
+            spans = [(of_part[a], of_part[b - 1] + 1) if a < b else (a, b) for a, b in e.offsets]
+            rows.append([(i, t, m, *span) for i, t, m, span in zip(e.ids, e.tokens, marks, spans, strict=True)])
+        return rows, sum(cut)
 
     def _encodings(
         self, given: tuple[Sequence[str], ...], truncate: bool, side: str | None, limit: int, **options: Any
