@@ -46,8 +46,8 @@ def test_a_lone_surrogate_wherever_it_is(name, side):
 
 
 def test_little_of_a_text_without_spaces_is_tokenised(tokenised):
-    for name in ("RoBERTa", "XLM-R"):
-        assert Cutter(BACKENDS[name]()).ending("中" * 100_000, 9) == "中" * 100_000
+    assert Cutter(BACKENDS["RoBERTa"]()).ending("中" * 100_000, 9) == "中" * 100_000
+    assert len(Cutter(BACKENDS["XLM-R"]()).ending("中" * 100_000, 9)) < 100
     assert max(tokenised, default=0) < 10_000
 
 

@@ -19,6 +19,7 @@ Where such boundaries are rare, as in a text that is one long word, the kinds of
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cached_property
 from itertools import islice
 
@@ -50,13 +51,24 @@ _SEARCHED_PER_TOKEN = 64
 _COUNTED = 65_536
 # Characters of a text from which on it is searched for long words and gaps.
 _WORTH_SHORTENING = 16_384
+# Characters per wanted token up to which a text that cannot be cut is tokenised whole where others are refused.
+_MOST_PER_TOKEN = 512
+
+
+class UncutError(ValueError):
+    """A text is too long to be tokenised whole, and no place is known at which its tokenizer could stop."""
 
 
 class Cutter:
-    """Cuts texts for one tokenizer. Its added tokens and its normalizer must not change afterwards."""
+    """Cuts texts for one tokenizer. Its added tokens and its normalizer must not change afterwards.
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        self._backend = backend
+    Args:
+        is_bounded: whether the methods that cut raise UncutError for a text of more than 512 characters for each wanted
+            token that cannot be cut, instead of returning it as it is.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, is_bounded: bool = False) -> None:
+        self._backend, self._is_bounded = backend, is_bounded
         self._boundary = _boundary_of(backend)
         self._seams = Seams.of(backend) if self._boundary is None else None
 
@@ -69,6 +81,23 @@ class Cutter:
 
         shorten: whether characters within may be left out as well, which changes the places of the tokens.
         """
+        return self._expect_cut(self._beginning(text, tokens, shorten), tokens)
+
+    def ending(self, text: str, tokens: int, shorten: bool = False) -> str:
+        """The text, or an end of it with the same last `tokens` tokens and at least one more token."""
+        return self._expect_cut(self._ending(text, tokens, shorten), tokens)
+
+    def _expect_cut(self, text: str, tokens: int) -> str:
+        """A text that is to be tokenised. BERT's own tokens are quickly made of any text."""
+        most = _MOST_PER_TOKEN * (tokens + 1)
+        if self._is_bounded and self._boundary is None and len(text) > most:
+            raise UncutError(
+                f"a text has {len(text):,} characters without a place at which this model's tokenizer could stop; such "
+                f"a text may have at most {most:,} here"
+            )
+        return text
+
+    def _beginning(self, text: str, tokens: int, shorten: bool = False) -> str:
         if self._seams is not None:
             return self._seams.beginning(text, tokens, shorten)
         if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
@@ -80,11 +109,8 @@ class Cutter:
             return text[: boundary.start()]
         return self._kinds.beginning(text, tokens, shorten)
 
-    def ending(self, text: str, tokens: int, shorten: bool = False) -> str:
-        """The text, or an end of it with the same last `tokens` tokens and at least one more token.
-
-        As in `text`, there is at least one token from one boundary to the next.
-        """
+    def _ending(self, text: str, tokens: int, shorten: bool = False) -> str:
+        """`ending`; as in `_beginning`, there is at least one token from one boundary to the next."""
         if self._seams is not None:
             return self._seams.ending(text, tokens, shorten)
         if self._boundary is None or len(text) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
@@ -111,7 +137,7 @@ class Cutter:
 
     def texts(self, texts: list[str], tokens: int, shorten: bool = False) -> list[str]:
         """`text` of each."""
-        is_never = self._boundary is None and self._seams is None
+        is_never = self._boundary is None and self._seams is None and not self._is_bounded
         if is_never or max(map(len, texts), default=0) <= _CHARACTERS_PER_TOKEN * (tokens + 1):
             return texts
         return [self.text(text, tokens, shorten) for text in texts]
@@ -126,19 +152,35 @@ class Cutter:
             rest = rest[end:]
         return count + self._tokens(rest)
 
+    def _has_more_tokens(self, first: str, second: str, part: Callable[[str, int], str]) -> bool:
+        """Whether the first text has more tokens. Of the one with more characters no more than needed are counted."""
+        count = self._count if self._seams is None else self._tokens
+        if len(first) < len(second):
+            tokens = count(first)
+            return part(second, tokens) is second and tokens > count(second)
+        tokens = count(second)
+        return part(first, tokens) is not first or count(first) > tokens
+
     def _tokens(self, text: str) -> int:
         return len(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def pair(self, first: str, second: str, tokens: int, strategy: str, is_ending: bool = False) -> tuple[str, str]:
         """A pair that truncates to the same `tokens` tokens by this strategy; is_ending: if ends of texts are kept."""
-        part = self.ending if is_ending else self.text
+        cut = self.ending if is_ending else self.text
         if strategy == "only_first":
-            return part(first, tokens), second
+            return cut(first, tokens), second
         if strategy == "only_second":
-            return first, part(second, tokens)
+            return first, cut(second, tokens)
+        first, second = self._longest_first(first, second, tokens, cut, is_ending)
+        return self._expect_cut(first, tokens), self._expect_cut(second, tokens)
+
+    def _longest_first(
+        self, first: str, second: str, tokens: int, cut: Callable[[str, int], str], is_ending: bool
+    ) -> tuple[str, str]:
         # longest_first takes tokens from the longer text until both have the same number. If the limit is odd, the text
         # that was longer keeps the odd token, so the cut texts must not change which one is longer.
-        short_first, short_second = part(first, tokens), part(second, tokens)
+        short_first, short_second = cut(first, tokens), cut(second, tokens)
+        part = self._ending if is_ending else self._beginning
         if self._seams is not None and not is_ending:
             # The library makes a window of each two windows, so that of two texts left whole it may make millions.
             short_first, short_second = (self._seams.counted(text, tokens) for text in (short_first, short_second))
@@ -157,8 +199,7 @@ class Cutter:
                 token.single_word for token in self._backend.get_added_tokens_decoder().values()
             ):
                 return first, second  # whether such a token is one depends on characters behind a boundary, too
-            count = self._count if self._seams is None else self._tokens
-            if count(first) > count(second):
+            if self._has_more_tokens(first, second, part):
                 return part(first, self._most_tokens(short_second)), short_second
             return short_first, part(second, self._most_tokens(short_first))
         if short_second is not second:

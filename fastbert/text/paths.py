@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from functools import cached_property
 from typing import NamedTuple
 
 from tokenizers import models
@@ -21,6 +23,12 @@ _UNKNOWN_PENALTY = 10.0
 # Units gone through one by one before a word is given up. Usually it is some longest tokens for each exponent.
 _MOST_UNITS = 4_096
 _KEPT = 65_536
+# Characters, counted in longest tokens, in which the paths from different places have to meet.
+_MEETING = 8
+# Tokens of the word whose paths are compared with the library's.
+_COMPARED = 100
+# A token that is one byte of a character without a token.
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 _ALWAYS = 1 << 62
 
 
@@ -51,12 +59,30 @@ class Paths:
     """
 
     def __init__(self, model: models.Unigram) -> None:
+        self._model = model
         state = json.loads(model.__getstate__())
         vocabulary, self.unknown_id = state["vocab"], state["unk_id"]
+        self._unknown_piece = None if self.unknown_id is None else vocabulary[self.unknown_id][0]
+        self._gives_bytes = bool(state.get("byte_fallback"))
         self._scores: dict[str, float] = {piece: score for piece, score in vocabulary if piece}
         self._unknown = min(score for _, score in vocabulary) - _UNKNOWN_PENALTY
+        self._largest = max(map(abs, (self._unknown, *self._scores.values())))
         self.longest = max(map(len, self._scores))
         self._found: dict[str, list[tuple[int, float]]] = {}
+
+    @cached_property
+    def are_as_expected(self) -> bool:
+        """Whether the library's best path is the one of this class, for a word made of many tokens."""
+        if self.unknown_id is None:
+            return False
+        pieces = [piece for piece in self._scores if piece != self._unknown_piece and not BYTE.fullmatch(piece)]
+        word = "".join(pieces[:: len(pieces) // _COMPARED + 1]) + ("" if self._gives_bytes else "\ue000")
+        covered, at = [], 0
+        for token in self._model.tokenize(word):
+            ends = range(at + 1, at + len(token.value) + 1)
+            covered.extend(ends if token.id == self.unknown_id else ends[-1:])
+            at += len(token.value)
+        return covered == self.ends(word)
 
     def ends(self, word: str) -> list[int]:
         """Where the tokens of a word end. Each unknown character is a token."""
@@ -92,6 +118,47 @@ class Paths:
         if _only_mark(front) is None:  # a token behind these characters could reach into what is unknown
             self._pass_all(front, tail[: -self.longest], tail[-self.longest :])
         return _only_mark(front)
+
+    def is_settled(self, word: str, at: int, before: int) -> bool:
+        """Whether the best path of each word that ends with this one goes through this place of it and, from there on,
+        as in this one.
+
+        before: most characters of what stands before it in such a word. The first character of this one may be missing
+        there, if it is the mark of a beginning.
+        """
+        margin = 2 * len(word) * math.ulp((before + len(word)) * self._largest)
+        last = min(_MEETING * self.longest, len(word))
+        # What is before decides at which place the path comes in. Soon all paths from there go through the same places.
+        fronts = range(last if last == len(word) else last - self.longest + 1, last + 1)
+        met = set(range(last + 1))
+        for start in range(min(self.longest, len(word)) + 1):
+            lengths = self._lengths(word, start, last, margin)
+            for front in fronts:
+                places = _places(lengths, start, front, start)
+                if places is None:
+                    return False
+                met &= places
+        if not met:
+            return False
+        start = min(met)
+        places = _places(self._lengths(word, start, len(word), margin), start, len(word), max(at, start))
+        return places is not None and at in places
+
+    def _lengths(self, word: str, start: int, end: int, margin: float) -> list[int]:
+        """Of each place from `start` to `end`, the characters of the last token of the best path from there; 0 if
+        another one is as good, but for `margin`."""
+        scores, lengths = [-math.inf] * (end - start + self.longest + 1), [0] * (end - start + self.longest + 1)
+        scores[0] = 0.0
+        for at in range(start, end):
+            here = scores[at - start]
+            for length, score in self._tokens(word[at : at + self.longest]):
+                place, score = at - start + length, here + score
+                if score > scores[place]:
+                    lengths[place] = length if score - scores[place] > margin else 0
+                    scores[place] = score
+                elif scores[place] - score <= margin:
+                    lengths[place] = 0
+        return lengths
 
     def covers(self, unit: str) -> bool:
         """Whether a token covers anything in a run of this unit."""
@@ -190,6 +257,17 @@ class Paths:
         if change / smallest % 2 == 1 and any(score % smallest == smallest / 2 for score in scores):
             return 0
         return max(math.ceil((2.0 ** math.frexp(largest)[1] + worst) / -change) - 1, 0)
+
+
+def _places(lengths: list[int], start: int, end: int, least: int) -> set[int] | None:
+    """The places on the best path from `start` to `end`, from `least` on; None if that is not certain."""
+    places = {end}
+    while end > least:
+        if not lengths[end - start]:
+            return None
+        end -= lengths[end - start]
+        places.add(end)
+    return places
 
 
 def _of(front: Front) -> Place:

@@ -89,7 +89,6 @@ class Runs:
         self._model, self._tokenised, self._seam_in = backend.model, tokenised, seam_in
         self._is_bpe = isinstance(backend.model, models.BPE)
         self._longest = max(map(len, backend.get_vocab(with_added_tokens=False)), default=0)
-        self._agrees: bool | None = None
 
     def beginning(self, text: str, wanted: int, shorten: bool) -> str | None:
         """A beginning of a text with the same first `wanted` tokens; None if it is not known.
@@ -145,7 +144,7 @@ class Runs:
     def _shortened(self, text: str, run: _Run) -> str | None:
         # In Unigram, other sums, rounded in another way, would decide on the tokens behind the run.
         # A token may also be longer than the runs that were compared.
-        if run.unit and not self._is_bpe and (self._paths.covers(run.unit) or self._tail(text, run) != ("", True)):
+        if run.unit and not self._is_bpe and (self.paths.covers(run.unit) or self._tail(text, run) != ("", True)):
             return None
         return text[: run.start] + text[run.start + run.repetitions * run.period :]
 
@@ -165,17 +164,18 @@ class Runs:
     # ---- Unigram ------------------------------------------------------------------------------------------
 
     @cached_property
-    def _paths(self) -> Paths:
+    def paths(self) -> Paths:
+        """Of a Unigram model."""
         return Paths(self._model)
 
     def _of_unigram(self, text: str, run: _Run, wanted: int, shorten: bool) -> str | None:
         ids, _, _ = self._tokenised(text[: run.start])
         more = max(run.start * (wanted + 4) // len(ids) - run.start, 0) // run.period + 2 * self._longest
-        if more + self._longest > run.repetitions or not self._is_as_expected(run.head):
+        if more + self._longest > run.repetitions or not self.paths.are_as_expected:
             return None
         tail, is_whole = self._tail(text, run)
         for units in range(more, more - _TRIES, -1):
-            back = self._paths.through(run.head, run.unit, units, run.repetitions - units, tail, is_whole)
+            back = self.paths.through(run.head, run.unit, units, run.repetitions - units, tail, is_whole)
             if back is None:
                 return None
             word = run.head + run.unit * units
@@ -209,17 +209,6 @@ class Runs:
         if not word.startswith(known):
             return "", False
         return word[len(known) :], is_whole or words[-1] != run.number
-
-    def _is_as_expected(self, word: str) -> bool:
-        """Whether the library's best path of a word is the one of `Paths`. It is looked at once."""
-        if self._agrees is None:
-            covered, unknown, at = [], self._paths.unknown_id, 0
-            for token in self._model.tokenize(word):
-                ends = range(at + 1, at + len(token.value) + 1)
-                covered.extend(ends if token.id == unknown else ends[-1:])
-                at += len(token.value)
-            self._agrees = unknown is not None and covered == self._paths.ends(word)
-        return self._agrees
 
 
 def _end_of_run(text: str, at: int, period: int) -> int:

@@ -43,6 +43,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from .calling import encoded
 from .characters import BEGINNING, SURROGATE, WHITE, is_apart, is_ending, is_space, is_white
+from .paths import BYTE
 from .runs import Runs
 from .unknown import Unknown
 
@@ -64,8 +65,6 @@ _OF_WORDS = (
 _NEWLINE = re.compile(r"[\r\n]")
 # Two words, or one with the letter behind, as in "'re", "'ve" and "'ll".
 _CONTRACTED = re.compile("'[rvl]$", re.IGNORECASE)
-# A token that is one byte of a character without a token.
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 # Characters per wanted token from which on a text is cut. The beginning is tokenised once more to count its tokens.
 _WORTH_CUTTING = 16
 # Characters per wanted token of the beginnings that are tried.
@@ -169,8 +168,39 @@ class Seams:
             at = next((at for at in self._spaces(text, start, start + _SEARCHED)[::-1] if self._begins(text, at)), None)
             if at is not None and len(self._tokenised(text[at:])[0]) >= wanted:
                 return text[at:]
+            if size in _SIZES[:_BEFORE_SHORTENING] and (at := self._place_within_word(text, start, wanted)):
+                return text[at:]
         short = self._shortened(text) if shorten else text
         return self.ending(short, tokens) if len(short) < len(text) else text
+
+    def _place_within_word(self, text: str, start: int, wanted: int) -> int | None:
+        """A place behind this one from which on a text has the same last tokens, though no word begins there.
+
+        Of Unigram's tokens of a word, the last ones soon do not depend on the first characters.
+        """
+        if not isinstance(self._backend.model, models.Unigram):
+            return None
+        at = next((at for at in range(start, min(start + _SEARCHED, len(text))) if self._parts(text, at)), None)
+        if at is None:
+            return None
+        ids, pieces, words = self._tokenised(text[at:])
+        if len(ids) < wanted:
+            return None
+        of_first = words.count(words[0])
+        if len(ids) - of_first >= wanted:
+            return at
+        word, rest = ("".join(pieces[slice(*part)]) for part in ((0, of_first), (len(ids) - wanted, of_first)))
+        if [token.id for token in self._backend.model.tokenize(word)] != ids[:of_first]:
+            return None
+        paths = self._runs.paths
+        return at if paths.are_as_expected and paths.is_settled(word, len(word) - len(rest), at) else None
+
+    def _parts(self, text: str, at: int) -> bool:
+        """Whether the text on each side of this place is normalised, and added tokens found in it, by itself."""
+        if not self._is_seam(text, at):
+            return False
+        behind = self._becomes(text[at])
+        return not ({text[at], behind[0]} & self._starts or is_space(text[at]) or is_space(behind[0]))
 
     def counted(self, text: str, tokens: int) -> str:
         """As `beginning`, by tokenising the whole text: up to a token's end, its tokens are those of the beginning."""
@@ -403,7 +433,7 @@ class Seams:
             at = slice(real) if not real or part.attention_mask[0] else slice(-real, None)
             pieces, last = part.tokens, None
             for i, (piece, place) in enumerate(zip(pieces, part.offsets, strict=True)):
-                if piece == unknown or _BYTE.fullmatch(piece):
+                if piece == unknown or BYTE.fullmatch(piece):
                     pieces[i] = self._normalised(text[slice(*place)]) if place != last else ""
                     last = place
             for whole, of_part in zip(found, (part.ids, pieces, part.word_ids), strict=True):

@@ -36,7 +36,7 @@ _NOT_WORTH_CUTTING = 8
 # Characters of a text from which on it is searched for long words and gaps.
 _WORTH_SHORTENING = 16_384
 # Tokens of a text by which it is compared with the other one of a pair.
-_COMPARED = 2_048
+_COMPARED = 16_384
 # Texts in one call from which on `fast_ids` is set up, which costs as much as tokenising 2,000 short texts.
 _WORTH_FAST_IDS = 256
 # Texts in one call from which on a truncating copy of the backend is made, in 20 ms, even if no text is too long.
@@ -99,14 +99,20 @@ class Tokenizer:
     cls_token: str
     mask_token: str
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None) -> None:
-        """backend: does the work; config: the content of tokenizer_config.json, kept and written back."""
+    def __init__(
+        self, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None, *, is_bounded: bool = False
+    ) -> None:
+        """backend: does the work; config: the content of tokenizer_config.json, kept and written back.
+
+        is_bounded: whether a very long text of which only tokens up to a maximum length are wanted is refused with
+            UncutError, a ValueError, where the whole of it would have to be tokenised.
+        """
         backend.no_truncation()  # truncation and padding in a tokenizer.json are left over from the job that saved it
         backend.no_padding()
         self.config = dict(config or {})
         backend.encode_special_tokens = self._splits_special_tokens
         self._backend = backend
-        self._cutter = Cutter(backend)
+        self._cutter = Cutter(backend, is_bounded)
         self._truncating: dict[tuple, tokenizers.Tokenizer] = {}
         for role, default in SPECIAL_TOKENS.items():
             setattr(self, role, self.config.get(role) or default)
@@ -288,7 +294,7 @@ class Tokenizer:
         megabytes takes milliseconds.
 
         The middle of gaps, and of words that are [UNK] because they are too long, is left out, and what truncation cuts
-        off. Truncation of a pair compares the texts' numbers of tokens, so of each at least 2,048 remain. If both texts
+        off. Truncation of a pair compares the texts' numbers of tokens, so of each at least 16,384 remain. If both texts
         have more, and `max_length` leaves an odd number, it may be the other text that keeps one token more.
         """
         part = self._cutter.text if self._keeps_beginnings else self._cutter.ending
@@ -377,9 +383,10 @@ class Tokenizer:
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         return Tokenizer(backend, self.config)
 
-    def truncating(self, side: Literal["left", "right"]) -> Tokenizer:
+    def truncating(self, side: Literal["left", "right"], *, is_bounded: bool = False) -> Tokenizer:
         """A copy that cuts long texts on this side: "right" removes their ends, "left" their beginnings."""
-        return Tokenizer(copy.deepcopy(self._backend), self.config | {"truncation_side": side})
+        config = self.config | {"truncation_side": side}
+        return Tokenizer(self._backend, config, is_bounded=is_bounded)
 
     # ---- facts -------------------------------------------------------------------------------------------
 

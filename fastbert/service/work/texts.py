@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from ...text.cutting import UncutError
 from ...text.tokenizer import Tokenizer
 from ..errors import ServiceError
 
@@ -26,8 +28,7 @@ class Texts:
     def __init__(self, tokenizer: Tokenizer, limit: int, of_pairs: bool = False):
         self.limit = limit
         own = tokenizer.config.get("truncation_side", "right")
-        other = SIDES[1 - SIDES.index(own)]
-        self._of_side = {own: tokenizer, other: tokenizer.truncating(other)}
+        self._of_side = {side: tokenizer.truncating(side, is_bounded=True) for side in SIDES}
         self.side = own
         special = tokenizer(["a"]).special_tokens_mask[0]
         self.head = special.index(0) if 0 in special else len(special)
@@ -55,14 +56,12 @@ class Texts:
 
         limit: tokens of a text at most, here and below; the model's own limit where that is less.
 
-        Raises: ServiceError where a text is too long and is not to be cut, or is no valid Unicode, or for a limit that
-        leaves no token of a text.
+        Raises: ServiceError where a text is too long and is not to be cut, or cannot be cut before it is tokenised, or
+        is no valid Unicode, or for a limit that leaves no token of a text.
         """
         side, limit = side or self.side, self._limit(limit)
-        try:
+        with _readable():
             found = self._of_side[side].input_ids(texts, limit + 1)
-        except ValueError as error:
-            raise ServiceError("tokenizer", str(error)) from error
         return self._cut(found, truncate, side, limit)
 
     def of_ids(
@@ -113,17 +112,19 @@ class Texts:
         limit = self._limit(limit)
         tokenizer, shortened = self._of_side[side or self.side], [False] * len(seconds)
         if most is not None and most < limit:
-            seconds = _each_once(lambda text: self._of_side["right"].shortened(text, most + 1), seconds)
+            with _readable():
+                seconds = _each_once(lambda text: self._of_side["right"].shortened(text, most + 1), seconds)
             found, _ = self._encodings((seconds,), True, "right", self.limit, add_special_tokens=False)
             shortened = [len(encoding.ids) > most for encoding in found]
             seconds = [
                 text[: encoding.offsets[most - 1][1]] if is_cut else text
                 for text, encoding, is_cut in zip(seconds, found, shortened, strict=True)
             ]
-        firsts, seconds = (
-            _each_once(lambda text: tokenizer.shortened(text, limit), texts) for texts in (firsts, seconds)
-        )
-        pairs = [tokenizer.shortened_pair(*pair, limit) for pair in zip(firsts, seconds, strict=True)]
+        with _readable():
+            firsts, seconds = (
+                _each_once(lambda text: tokenizer.shortened(text, limit), texts) for texts in (firsts, seconds)
+            )
+            pairs = [tokenizer.shortened_pair(*pair, limit) for pair in zip(firsts, seconds, strict=True)]
         found, cut = self._encodings(tuple(zip(*pairs, strict=True)), truncate, side, limit)
         return found, sum(map(max, cut, shortened))
 
@@ -157,10 +158,8 @@ class Texts:
     def _encodings(
         self, given: tuple[Sequence[str], ...], truncate: bool, side: str | None, limit: int, **options: Any
     ) -> tuple[list[Any], list[bool]]:
-        try:
+        with _readable():
             found = self._of_side[side or self.side](*given, max_length=limit, **options).encodings
-        except ValueError as error:
-            raise ServiceError("tokenizer", str(error)) from error
         cut = [bool(encoding.overflowing) for encoding in found]
         if not truncate and any(cut):
             raise self._too_long(cut.index(True), limit)
@@ -201,6 +200,17 @@ def _each_once(function: Callable[[str], str], texts: Sequence[str]) -> list[str
     """function(text) of each text; one that occurs several times, as a query in each pair, is computed once."""
     found = {text: function(text) for text in dict.fromkeys(texts)}
     return [found[text] for text in texts]
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Makes errors of the tokenizer errors of the request."""
+    try:
+        yield
+    except UncutError as error:
+        raise ServiceError("too_large", str(error)) from error
+    except ValueError as error:
+        raise ServiceError("tokenizer", str(error)) from error
 
 
 def announced(texts: Sequence[Any], limit: int | None) -> int:
