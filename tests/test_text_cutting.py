@@ -363,7 +363,7 @@ def test_little_of_two_texts_of_megabytes_is_tokenised(side, monkeypatch):
     thousands; then one token more of either text may be kept."""
     ours, plain = OurTokenizer(backend(), {"truncation_side": side}), backend()
     long = "the man is eating food, and so on. " * 90_000
-    assert sum(len(ours.shortened(text, 255)) for text in (long, " " + long)) < 100_000
+    assert sum(len(ours.shortened(text, 255)) for text in (long, " " + long)) < 200_000
 
     monkeypatch.setattr(tokenizer, "_COMPARED", 60)
     long, middle = "the man is eating food, and so on. " * 30, "a man, " * 15

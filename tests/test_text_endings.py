@@ -91,6 +91,9 @@ def test_two_ways_that_are_equally_good():
     end = Cutter(backend).ending(text, 9)
     assert len(end) < 200
     assert ids_of(backend, end)[-9:] == ids_of(backend, text)[-9:]
+    backend = with_scores(scores | {"bc": -8.1 - 2e-11})  # as good but for the rounding of the whole text's sum
+    text = "d" * 60_001 + "abc" * 40
+    assert Cutter(backend).ending(text, 9) == text
     # So much worse that no rounding makes it the better one.
     backend = with_scores(scores | {"bc": -8.101})
     text = "d" * 60_001 + "abc" * 40

@@ -294,7 +294,7 @@ class Tokenizer:
         megabytes takes milliseconds.
 
         The middle of gaps, and of words that are [UNK] because they are too long, is left out, and what truncation cuts
-        off. Truncation of a pair compares the texts' numbers of tokens, so of each at least 16,384 remain. If both texts
+        off. Truncation of a pair compares the texts' numbers of tokens, so of each 16,384 remain or more. If both texts
         have more, and `max_length` leaves an odd number, it may be the other text that keeps one token more.
         """
         part = self._cutter.text if self._keeps_beginnings else self._cutter.ending
