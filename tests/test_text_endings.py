@@ -4,6 +4,7 @@ Texts that no such place is known in can be refused.
 """
 
 import functools
+import itertools
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from tokenizers import AddedToken, models, processors
 from cut_tokenizers import ALPHABETS, BACKENDS, CHINESE, ENGLISH, XLM_R, N, P, made
 from fastbert.service.errors import ServiceError
 from fastbert.service.work.texts import Texts
-from fastbert.text import seams
+from fastbert.text import paths, seams
 from fastbert.text.cutting import Cutter, UncutError
 from fastbert.text.paths import Paths
 from fastbert.text.tokenizer import Tokenizer
@@ -105,11 +106,36 @@ def test_two_ways_that_are_equally_good():
 def test_all_places_within_reach_of_a_token_are_tried():
     """A path may come in with a token that reaches over the place of the cut, and go on in another way."""
     scores = {"▁": -3.0, **dict.fromkeys("xyzc", -9.0)}
-    paths = Paths(models.Unigram([("<unk>", 0.0), *scores.items(), ("xyzc", -4.0)], 0))
+    found = Paths(models.Unigram([("<unk>", 0.0), *scores.items(), ("xyzc", -4.0)], 0))
     word = "▁" + "xyzc" * 20
-    assert all(paths.is_settled(word, at, 10) for at in (5, 77))
-    assert not paths.is_settled(word, 76, 10)  # in the middle of a token
-    assert not paths.is_settled(word, 1, 10)  # a token from before may end behind it
+    assert all(found.is_settled(word, at, 10) for at in (5, 77))
+    assert not found.is_settled(word, 76, 10)  # in the middle of a token
+    assert not found.is_settled(word, 1, 10)  # a token from before may end behind it
+
+
+def test_a_settled_place_is_one_whatever_is_before(monkeypatch):
+    """Random models of two letters, with each text of up to six letters before."""
+    monkeypatch.setattr(paths, "_MEETING", 3)
+    draw, found = random.Random(0), 0
+    befores = ["".join(b) for n in range(7) for b in itertools.product("ab", repeat=n)]
+    for _ in range(150):
+        tokens = {"".join(draw.choices("ab", k=draw.choice((2, 3, 4)))) for _ in range(draw.choice((2, 4, 6)))}
+        scores = {"▁": -3.0, **{token: -draw.uniform(1, 9) for token in sorted(tokens | {"a", "b"})}}
+        model = models.Unigram([("<unk>", 0.0), *scores.items()], 0)
+        end = "".join(draw.choices("ab", k=40))
+        words = ["▁" + end, *("▁" + before + end for before in befores)]
+        rests = [[len(word) - at for at in (0, *ends_of(model, word))] for word in words]
+        for at in range(1, len(end) + 1, 3):
+            if Paths(model).is_settled("▁" + end, at + 1, 10):
+                found += 1
+                rest = len(end) - at
+                assert all(rest in one for one in rests)
+                assert len({tuple(place for place in one if place <= rest) for one in rests}) == 1
+    assert found > 100
+
+
+def ends_of(model: models.Unigram, word: str) -> list[int]:
+    return list(itertools.accumulate(len(token.value) for token in model.tokenize(word)))
 
 
 def test_an_added_token_at_the_place_of_the_cut():
@@ -186,9 +212,9 @@ def test_a_server_refuses_them(side):
         with pytest.raises(ServiceError, match="12,000 characters") as error:
             call(UNCUT)
         assert error.value.kind == "too_large"
-    assert texts.encodings([UNCUT[:9_000]], True, True)
+    assert texts.located([UNCUT[:9_000]], True, True)
     with pytest.raises(ServiceError, match="12,000 characters"):
-        texts.encodings([UNCUT], True, True)
+        texts.located([UNCUT], True, True)
 
 
 def bert() -> tokenizers.Tokenizer:

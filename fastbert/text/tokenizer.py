@@ -36,7 +36,7 @@ _NOT_WORTH_CUTTING = 8
 # Characters of a text from which on it is searched for long words and gaps.
 _WORTH_SHORTENING = 16_384
 # Tokens of a text by which it is compared with the other one of a pair.
-_COMPARED = 16_384
+_COMPARED = 8_192
 # Texts in one call from which on `fast_ids` is set up, which costs as much as tokenising 2,000 short texts.
 _WORTH_FAST_IDS = 256
 # Texts in one call from which on a truncating copy of the backend is made, in 20 ms, even if no text is too long.
@@ -294,7 +294,7 @@ class Tokenizer:
         megabytes takes milliseconds.
 
         The middle of gaps, and of words that are [UNK] because they are too long, is left out, and what truncation cuts
-        off. Truncation of a pair compares the texts' numbers of tokens, so of each 16,384 remain or more. If both texts
+        off. Truncation of a pair compares the texts' numbers of tokens, so of each 8,192 remain or more. If both texts
         have more, and `max_length` leaves an odd number, it may be the other text that keeps one token more.
         """
         part = self._cutter.text if self._keeps_beginnings else self._cutter.ending

@@ -138,7 +138,8 @@ class Texts:
         """
         parts, places = [], []
         for number, text in enumerate(texts):
-            part, of_part = self.tokenizer.located(text, self.limit)
+            with _readable():
+                part, of_part = self.tokenizer.located(text, self.limit)
             if len(part) > MOST_SEARCHED:
                 raise ServiceError(
                     "too_large",
