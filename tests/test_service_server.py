@@ -1,8 +1,10 @@
 """What all APIs share: readiness, counters, limits, the key, late and lost clients, large answers."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 import zlib
 from concurrent.futures import CancelledError
 
@@ -17,7 +19,7 @@ import orjson
 from fastbert import batch_invariant
 from fastbert.service import service
 from fastbert.service.app import WAYS, as_json
-from fastbert.service.engine import Engine
+from fastbert.service.engine import Engine, Job
 from fastbert.service.errors import ServiceError
 from fastbert.service.models import Models
 from fastbert.service.service import Call
@@ -426,6 +428,32 @@ def test_all_functions_have_an_address_behind_v1(served):
         assert (found.status, found.json()) == (200, client.get(path).json()), path
     paths = client.get("/openapi.json").json()["paths"]
     assert paths["/v1/fill_mask"] == paths["/fill_mask"]
+
+
+def test_an_answered_request_does_not_stay_in_memory(served, monkeypatch):
+    """Jobs referred to themselves, so that texts of megabytes stayed until Python collected garbage, a minute later."""
+    client, made, create = served("texts", "masks"), [], Job.__init__
+
+    def recording(self, *given):
+        create(self, *given)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Job, "__init__", recording)
+    gc.collect()
+    gc.disable()
+    try:
+        for path, body, status in (
+            ("/embed", {"inputs": ["a", "b"]}, 200), ("/fill_mask", {"inputs": "a [MASK]"}, 200),
+            ("/fill_mask", {"inputs": "a"}, 422), ("/embed", {"inputs": "a " * 99, "truncate": False}, 413),
+        ):  # fmt: skip
+            assert client.post(path, body).status == status
+            began = time.monotonic()
+            while made[-1]() is not None:
+                assert time.monotonic() < began + 30, path
+                time.sleep(0.001)
+        assert len(made) == 4
+    finally:
+        gc.enable()
 
 
 def test_metrics_of_texts(served):

@@ -201,6 +201,7 @@ class Engine:
         job.is_over = True
         if job.waiting is not None:
             job.queue.remove(job.waiting)
+            job.waiting = None  # it refers to the job: as a cycle they would stay in memory, with the request's texts
         return True
 
     # ---- run by the threads ---------------------------------------------------------------------------------
@@ -415,8 +416,9 @@ def log_failure(error: BaseException) -> None:
 
 
 def as_service_error(error: BaseException) -> ServiceError:
-    """The error for the client: a ServiceError as it is, any other error without its message."""
+    """The error for the client: a ServiceError as it is, any other error without its message. Without a traceback,
+    whose frames refer to the job, which refers to the error."""
     if isinstance(error, ServiceError):
-        return error
+        return error.with_traceback(None)
     log_failure(error)
     return ServiceError("failed", f"the model failed on this request ({type(error).__name__})")

@@ -271,10 +271,12 @@ class Service:
             answer = await job.answer
         except BaseException:
             self.engine.give_up(job)
+            del job  # it has the error, whose traceback has this frame: as a cycle they would stay in memory
             raise
         finally:
             timer.cancel()
             watch.cancel()
+            del watch  # it refers to the job
         self._note(call, job, texts)
         return answer
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tokenizers
 from tokenizers import Encoding, models, normalizers, pre_tokenizers
 
@@ -319,7 +320,7 @@ class Tokenizer:
         kept = slice(tokens) if right else slice(-tokens, None)
         return part if len(found) > tokens and found[kept] == ids[kept] else text
 
-    def located(self, text: str, tokens: int) -> tuple[str, Sequence[int]]:
+    def located(self, text: str, tokens: int) -> tuple[str, Sequence[int] | np.ndarray]:
         """(a text with the same `tokens` ids that truncation keeps, and at least one more if this text has more; the
         place in this text of each of its characters)."""
         part = (self._cutter.text if self._keeps_beginnings else self._cutter.ending)(text, tokens)
@@ -327,7 +328,7 @@ class Tokenizer:
         if self._cutter._boundary is None or len(part) <= _WORTH_SHORTENING:
             return part, range(start, start + len(part))
         short, places = self._cutter._kinds.located(part)
-        return short, (places + start).tolist()
+        return short, places + start
 
     def shortened_pair(self, first: str, second: str, max_length: int) -> tuple[str, str]:
         """A pair of texts that is cut to the same `max_length` tokens."""

@@ -152,7 +152,7 @@ class Texts:
         rows = []
         for e, of_part in zip(found, places, strict=True):
             marks = map(bool, e.special_tokens_mask)
-            spans = [(of_part[a], of_part[b - 1] + 1) if a < b else (a, b) for a, b in e.offsets]
+            spans = [(int(of_part[a]), int(of_part[b - 1]) + 1) if a < b else (a, b) for a, b in e.offsets]
             rows.append([(i, t, m, *span) for i, t, m, span in zip(e.ids, e.tokens, marks, spans, strict=True)])
         return rows, sum(cut)
 
