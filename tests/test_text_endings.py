@@ -113,6 +113,13 @@ def test_all_places_within_reach_of_a_token_are_tried():
     assert not found.is_settled(word, 1, 10)  # a token from before may end behind it
 
 
+def test_a_token_that_ends_as_far_behind_the_place_as_it_can():
+    """After "abab" alone the path goes on by "cd", after all others by "dc"."""
+    scores = {"▁": -3.0, **dict.fromkeys("abcd", -9.0), "cd": -2.0, "dc": -1.9, "bc": -1.0, "abab": -1.0}
+    found = Paths(models.Unigram([("?", 0.0), *scores.items()], 0))
+    assert not any(found.is_settled("▁bab" + "cd" * 40, at, 10) for at in range(85))
+
+
 def test_a_settled_place_is_one_whatever_is_before(monkeypatch):
     """Random models of two letters, with each text of up to six letters before."""
     monkeypatch.setattr(paths, "_MEETING", 3)

@@ -131,7 +131,7 @@ class Paths:
         # What is before decides at which place the path comes in. Soon all paths from there go through the same places.
         fronts = range(last if last == len(word) else last - self.longest + 1, last + 1)
         met = set(range(last + 1))
-        for start in range(min(self.longest, len(word)) + 1):
+        for start in range(1, min(self.longest, len(word)) + 1):
             lengths = self._lengths(word, start, last, margin)
             for front in fronts:
                 places = _places(lengths, start, front, start)
@@ -141,7 +141,7 @@ class Paths:
         if not met:
             return False
         start = min(met)
-        places = _places(self._lengths(word, start, len(word), margin), start, len(word), max(at, start))
+        places = _places(self._lengths(word, start, len(word), margin), start, len(word), at)
         return places is not None and at in places
 
     def _lengths(self, word: str, start: int, end: int, margin: float) -> list[int]:
