@@ -168,6 +168,15 @@ def test_unknown_characters_at_the_place_of_the_cut():
             assert ids_of(backend, end)[-kept:] == ids_of(backend, text)[-kept:]
 
 
+def test_a_library_with_other_paths(monkeypatch):
+    text = WITHOUT_SPACES["english"]
+    assert len(Cutter(BACKENDS["XLM-R"]()).ending(text, 9)) < 1_000
+    assert Cutter(BACKENDS["XLM-R"]())._seams._runs.beginning("a" * 60_000, 9, False)
+    monkeypatch.setattr(Paths, "ends", lambda self, word: [1, len(word)])
+    assert Cutter(BACKENDS["XLM-R"]()).ending(text, 9) == text
+    assert Cutter(BACKENDS["XLM-R"]())._seams._runs.beginning("a" * 60_000, 9, False) is None
+
+
 @pytest.mark.parametrize("name", ["NFKC", "no split", "RoBERTa"])
 def test_others_are_left_whole(name):
     """A cut in the middle of a word would mark it as the first one, or BPE would join other pairs."""
