@@ -2,6 +2,7 @@
 the tests that are the same for all families."""
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -206,6 +207,17 @@ def test_the_first_version_is_left_alone():
     config = transformers.DebertaConfig(**SIZES)
     with pytest.warns(UserWarning, match="replaced nothing"):
         fastbert.accelerate(transformers.DebertaModel(config))
+
+
+@pytest.mark.once
+def test_why_it_is_left_alone_under_transformers_4(monkeypatch):
+    """`explain` had said that nothing in the model is known."""
+    model = build(**VERSION_3)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")  # transformers puts itself there anew
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        fastbert.accelerate(model)
+    said = "DebertaV2Model: accelerated under transformers 5 only, this is 4.57.6"
+    assert fastbert.explain(model).left == {"(the model)": said}
 
 
 @pytest.mark.once

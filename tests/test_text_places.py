@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, models
 
-from cut_tokenizers import BACKENDS, BYTES, REPLACED, XLM_R, N, P, charsmap, made
+from cut_tokenizers import BACKENDS, BYTES, REPLACED, SENTENCEPIECE, XLM_R, N, P, charsmap, made
 from fastbert.text import seams
 from fastbert.text.cutting import Cutter
 from fastbert.text.seams import Seams
@@ -87,6 +87,34 @@ def test_gaps_that_are_more_than_the_end_of_a_word(name):
         text = f"ab{gap}ab"
         assert backend.encode(Seams(backend)._shortened(text)).ids == backend.encode(text).ids, gap
     assert len(Seams(made("unigram", N.Replace(Regex(r"\s+"), " "), XLM_R))._shortened(text)) < len(text)
+
+
+JOINED = N.Replace(Regex(" {2,}"), " ")
+
+
+def test_signs_that_disappear_behind_joined_spaces():
+    """A gap of spaces and such signs in turns is as many spaces, and one of spaces is one."""
+    backend = made("unigram", N.Sequence([JOINED, N.Replace("\u200b", "")]), P.Metaspace())
+    seen = Seams(backend)
+    for gap in (" \u200b" * 50, "\u200b " * 50, "\u200b" * 100):
+        assert backend.encode(seen._shortened(f"ab{gap}ab")).ids == backend.encode(f"ab{gap}ab").ids
+    assert seen._shortened("ab" + " " * 100 + "ab") == "ab  ab"
+
+
+def test_the_end_of_a_line_is_one_space():
+    """Its two characters are one to this normalizer, so a gap may not be shortened to these."""
+    backend = made("unigram", N.Sequence([SENTENCEPIECE, N.Replace(Regex(" {2,}"), "q")]), P.Metaspace())
+    text = "ab\r" + "\t" * 98 + "\nab"
+    assert backend.encode(Seams(backend)._shortened(text)).ids == backend.encode(text).ids
+
+
+@pytest.mark.parametrize("words", [XLM_R, P.Metaspace()], ids=["dropped", "joined"])
+def test_added_tokens_of_spaces_in_a_gap(words):
+    """They are found before spaces are joined or dropped."""
+    backend = made("unigram", JOINED, words, [AddedToken("  ", normalized=False)])
+    text = "ab" + " " * 100 + "ab"
+    assert Seams(backend)._shortened(text) == text
+    assert len(Seams(made("unigram", JOINED, words))._shortened(text)) < len(text)
 
 
 def test_tokens_that_stand_for_a_whole_gap():

@@ -79,18 +79,20 @@ def test_calls_of_our_tokenizer(name, side, soon):
         one, two = one[:250], two[-250:]
         found, whole = ours([one], [two], max_length=length).encodings[0], plain.encode(one, two)
         assert (found.ids, found.offsets) == (whole.ids, whole.offsets), (one, two, length)
-        short = ours.shortened(one, two, length)
+        short = ours.shortened_pair(*(ours.shortened(text, length) for text in (one, two)), length)
         shorter += short != (one, two)
         found = plain.encode(*short)
         assert (found.ids, bool(found.overflowing)) == (whole.ids, bool(whole.overflowing)), (one, two, length)
     assert shorter > 0 or side == "left"
 
 
-def test_a_backend_that_truncates_and_pads(soon):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_backend_that_truncates_and_pads(side, soon):
     """As transformers leaves its backends behind: tokens are counted as without."""
     plain, backend = BACKENDS["RoBERTa"](), BACKENDS["RoBERTa"]()
     backend.enable_truncation(8)
-    backend.enable_padding(length=30, direction="left")
+    backend.enable_padding(length=30, direction=side)
+    assert Seams(backend)._tokenised("") == ([], [], [])
     draw = random.Random(0)
     for _ in range(100):
         soon(draw)
@@ -98,6 +100,8 @@ def test_a_backend_that_truncates_and_pads(soon):
         assert Cutter(backend).text(text, 20) == Cutter(plain).text(text, 20)
     backend.enable_truncation(8, stride=2)
     assert Cutter(backend).text("ab " * 5000, 20) == "ab " * 5000  # its windows overlap
+    backend.enable_truncation(8, direction="left")
+    assert Cutter(backend).text("ab " * 5000, 20) == "ab " * 5000  # its windows begin with the last
 
 
 TEN_MEGABYTES = {
@@ -162,6 +166,8 @@ OTHERS = {
     "an unknown expression": lambda: made("bpe", None, P.Sequence([P.Split(Regex(r"\w+ \w+"), "isolated"), BYTES])),
     "spaces go before words are made": lambda: made("unigram", None, P.Sequence([P.Metaspace(), P.WhitespaceSplit()])),
     "words are split by another rule": lambda: made("bpe", None, P.Punctuation()),
+    "bytes go before words are made": lambda: made("bpe", None, P.Sequence([BYTES, P.WhitespaceSplit()])),
+    "a model of whole words": lambda: tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="b")),
 }
 
 
@@ -171,9 +177,19 @@ def test_other_tokenizers_are_left_alone(name):
     assert Cutter(OTHERS[name]()).text("a b " * 5000, 3) == "a b " * 5000
 
 
-@pytest.mark.parametrize("option", [{"dropout": 0.1}, {"ignore_merges": True}, {"end_of_word_suffix": "</w>"}])
+def test_an_added_token_that_would_disappear_if_it_were_normalized():
+    backend = made("unigram", N.Strip(), P.Metaspace(), [AddedToken(" ", normalized=False)])
+    assert Seams.of(backend) is not None
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"dropout": 0.1}, {"ignore_merges": True}, {"end_of_word_suffix": "</w>"}, {"continuing_subword_prefix": "#"},
+    ],
+)  # fmt: skip
 def test_models_of_other_rules_are_left_alone(option):
-    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "a</w>": 1}, merges=[], **option))
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "a</w>": 1, "#a": 2}, merges=[], **option))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     assert Seams.of(backend) is None
 
@@ -376,6 +392,27 @@ def test_a_space_behind_a_newline_begins_no_word():
     assert backend.encode(text).ids[:2] == [2, 2]
 
 
+def test_a_space_behind_a_space_begins_no_word():
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "Ġ": 1, "ĠĠ": 2}, [("Ġ", "Ġ")]))
+    backend.pre_tokenizer = BYTES
+    seen, text = Seams(backend), "a    a"
+    assert seen._is_in_gap(text, 2)
+    assert backend.encode(text[:2]).ids == [0, 1]
+    assert not seen._has_final(text, 2, 2)
+    assert backend.encode(text).ids[:2] == [0, 2]
+
+
+def test_a_sign_that_stands_for_a_whole_gap_goes_on():
+    """It is three tokens of bytes, whose place is the gap."""
+    seen = Seams(made("bpe", N.Replace(Regex(r"\s+"), "▁"), BYTES))
+    count = len(seen._tokenised("ab")[0])
+    for gap in ("  ", " " * 9):
+        for at in range(3, 2 + len(gap)):
+            assert not seen._has_final(f"ab{gap}ab", at, count + 1)
+    assert seen._has_final("ab ab", 3, count + 1)
+    assert seen._has_final("qzj  ab", 3, 1)
+
+
 def test_bytes_of_an_unknown_character_before_a_seam():
     """They are those of a token with what is behind, where that has one."""
     bytes_of = {f"<0x{byte:02X}>": -9.0 for byte in range(256)}
@@ -385,6 +422,7 @@ def test_bytes_of_an_unknown_character_before_a_seam():
     assert len(seen._tokenised(text[:4])[0]) == 3 + 3
     assert not seen._has_final(text, 4, 5)
     assert not seen._has_final(text, 4, 4)
+    assert seen._has_final("กaaaa", 4, 4)  # the first letter is final, and behind three bytes
 
 
 def test_the_longest_token_may_reach_over_a_seam():
@@ -416,6 +454,15 @@ def test_a_space_ends_a_word():
     assert not seen._has_final("xq xq", 2, count + 1)
     assert not seen._has_final("xqxq", 2, count)
     assert seen._has_final("xq xqxq", 5, count)
+    assert seen._has_final("xq  xq", 2, count)
+
+
+def test_tokens_before_the_last_word_are_final():
+    """Whatever the model makes of several words as one."""
+    pieces = [("<unk>", 0.0), *((piece, -3.0) for piece in "▁ab"), ("▁a", -2.0), ("b▁a", -1.0)]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.pre_tokenizer = P.Metaspace()
+    assert Seams(backend)._has_final("ab abab", 5, 2)
 
 
 def test_an_unknown_token_may_go_on():

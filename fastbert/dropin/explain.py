@@ -10,7 +10,7 @@ from .. import functional as F
 from . import sentence, torch_layers
 from .encoder import EncoderForward
 from .facts import Family, at, has
-from .find import TORCH, family_of, why_left, why_left_torch
+from .find import TORCH, family_of, why_left, why_left_torch, why_no_family
 from .forward import Forward, forward_of
 from .graphs import GraphedEncoderForward
 from .heads import HeadForward
@@ -57,6 +57,8 @@ def explain(model: nn.Module) -> Report:
             report.left[name] = f"{type(module).__name__}: {why_left_torch(module) or 'not accelerated'}"
         elif (family := family_of(module)) is not None:
             report.left[name] = f"{type(module).__name__}: {why_left(module, family) or 'not accelerated'}"
+        elif (why := why_no_family(module)) is not None:
+            report.left[name] = f"{type(module).__name__}: {why}"
         compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
         if compiled and any(forward_of(m) is not None for m in module.modules()):
             report.left[f"{name}, under torch.compile"] = "padding is kept: the number of tokens depends on data"

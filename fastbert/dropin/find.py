@@ -38,6 +38,18 @@ def family_of(module: nn.Module) -> Family | None:
     return None
 
 
+def why_no_family(module: nn.Module) -> str | None:
+    """Why a module whose class is in the table of known models has no family, or None."""
+    cls = type(module)
+    if cls.__name__ not in FAMILIES or not cls.__module__.startswith("transformers.models."):
+        return None
+    import transformers
+
+    if not transformers.__version__.startswith("4.") or cls.__name__ in FAMILIES_OF_4:
+        return None
+    return f"accelerated under transformers 5 only, this is {transformers.__version__}"
+
+
 def is_bare(model: nn.Module, encoder: nn.Module, passes: tuple[str, ...] = ()) -> bool:
     """Whether `model` is the encoder or wrappers of it, so that the user's code reads the encoder's output. passes:
     names of transformers' classes that are such wrappers."""
