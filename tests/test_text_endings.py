@@ -92,7 +92,7 @@ def test_two_ways_that_are_equally_good():
     end = Cutter(backend).ending(text, 9)
     assert len(end) < 200
     assert ids_of(backend, end)[-9:] == ids_of(backend, text)[-9:]
-    backend = with_scores(scores | {"bc": -8.1 - 2e-11})  # as good but for the rounding of the whole text's sum
+    backend = with_scores(scores | {"bc": -8.1 - 1e-9})  # as good but for the rounding of so long a text's sum
     text = "d" * 60_001 + "abc" * 40
     assert Cutter(backend).ending(text, 9) == text
     # So much worse that no rounding makes it the better one.
@@ -155,6 +155,15 @@ def test_an_added_token_at_the_place_of_the_cut():
             end = Cutter(backend).ending(text, kept)
             assert len(end) < 1_000
             assert ids_of(backend, end)[-kept:] == ids_of(backend, text)[-kept:]
+
+
+def test_no_added_token_begins_at_the_place_of_the_cut():
+    """Behind a letter this one is none, and "o.a" is a token, after which the path goes on by "ba"."""
+    scores = {"▁": -3.0, **dict.fromkeys("abfo.", -9.0), "ab": -2.0, "ba": -2.0, "o.a": -1.0}
+    backend = with_scores(scores, [AddedToken("foo", single_word=True)])
+    text = "ab" * 9_000 + "foo." + "ab" * 38  # from "foo" on, as many characters as are looked at first
+    end = Cutter(backend).ending(text, 9)
+    assert ids_of(backend, end)[-9:] == ids_of(backend, text)[-9:]
 
 
 def test_unknown_characters_at_the_place_of_the_cut():
