@@ -159,7 +159,7 @@ def test_an_added_token_at_the_place_of_the_cut():
 
 def test_no_added_token_begins_at_the_place_of_the_cut():
     """Behind a letter this one is none, and "o.a" is a token, after which the path goes on by "ba"."""
-    scores = {"▁": -3.0, **dict.fromkeys("abfo.", -9.0), "ab": -2.0, "ba": -2.0, "o.a": -1.0}
+    scores = {"▁": -3.0, **dict.fromkeys("abfo.", -9.0), "ab": -2.0, "ba": -1.9, "o.a": -1.0}
     backend = with_scores(scores, [AddedToken("foo", single_word=True)])
     text = "ab" * 9_000 + "foo." + "ab" * 38  # from "foo" on, as many characters as are looked at first
     end = Cutter(backend).ending(text, 9)
