@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import http.server
 import json
 import os
@@ -210,6 +211,20 @@ def test_without_a_model_minilm_comes_from_the_hub_and_then_from_the_cache(tmp_p
             hub.server_close()
     finally:
         hub.server_close()
+
+
+def test_garbage_collection_leaves_out_what_stays(tmp_path, monkeypatch):
+    """Python visited all of torch's objects, in 0.13 s in which no request was answered."""
+    frozen = []
+    monkeypatch.setattr("fastbert.service.serving.serve", lambda *given: frozen.append(gc.get_freeze_count()) or 0)
+    monkeypatch.setattr("fastbert.service.serving.bound_to", lambda *given: [])
+    for name in ("service.serving.log_lines", "cli.serve.spin_shortly", "cli.serve.return_blocks"):
+        monkeypatch.setattr(f"fastbert.{name}", lambda *given: None)  # these change the process
+    try:
+        assert main(["serve", str(make_folder(tmp_path / "texts", "texts")), "--device", "cpu"]) == 0
+    finally:
+        gc.unfreeze()
+    assert frozen[0] > 50_000
 
 
 def test_errors_at_the_start_are_one_line(tmp_path, capsys, monkeypatch):

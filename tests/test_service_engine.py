@@ -340,6 +340,31 @@ def test_others_do_not_wait_while_long_texts_are_tokenised(workers):
     run(test)
 
 
+def test_others_do_not_wait_while_a_long_answer_is_made():
+    """The answer of thousands of windows took seconds in the model's thread."""
+
+    async def test():
+        async with Rig() as rig:
+            release = threading.Event()
+
+            def finish(found):
+                assert release.wait(30)
+                return found
+
+            slow = Job(rig.queue, lambda: Prepared([Piece(rig.lane, 1, 10)], [10], 0, finish, True), 10)
+            rig.engine.submit(slow)
+            while not rig.lane.batches:
+                await asyncio.sleep(0.001)
+            assert await rig.ask(2).answer == [4]
+            stopping = asyncio.create_task(asyncio.to_thread(rig.engine.stop))
+            await asyncio.sleep(0.01)
+            release.set()
+            assert await slow.answer == [2]
+            await stopping
+
+    run(test)
+
+
 def test_the_tokenising_thread_ends_if_it_wakes_first():
     """An idle engine gets a job and is stopped before the model's thread wakes: the tokenising thread wakes alone."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import gc
 import importlib.util
 import sys
 from collections.abc import Mapping, MutableMapping
@@ -161,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
     log_lines(args.log_level)
     where = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
     print(f"fastbert: {', '.join(models.by_name)} on {where} ({where}/ in a browser)", file=sys.stderr, flush=True)
+    gc.freeze()  # a collection of all garbage would visit torch's objects too, for 0.13 s in which nothing is answered
     return serve(Service(settings, models), sockets, beside)
 
 

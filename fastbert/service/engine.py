@@ -5,7 +5,7 @@
 A model thread without a batch tokenises requests itself. So a request to an idle server changes threads only twice,
 from the loop to the model thread and back. While all model threads compute, one more thread tokenises new requests.
 Requests with a long text are tokenised by a thread of their own, one after the other, so that no other request waits
-for that.
+for that; and another one makes the answers of those with many windows or words.
 
 A batch that is computed alone uses all processors, by OpenMP threads that its model thread keeps for the next one. They
 are fast only as long as they are the only such team of the process (see `end_team`). So the first model thread is woken
@@ -21,6 +21,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 from ..text.batching import end_team, use_threads
@@ -54,12 +55,14 @@ class Prepared(NamedTuple):
         tokens: number of tokens of each text, after cutting.
         cut: number of texts that were cut.
         finish: turns the pieces' results into the request's result; None returns the list of results.
+        is_slow: whether `finish` may take long.
     """
 
     pieces: list[Piece]
     tokens: list[int]
     cut: int = 0
     finish: Callable[[list[Any]], Any] | None = None
+    is_slow: bool = False
 
 
 class Job:
@@ -134,6 +137,7 @@ class Engine:
             threading.Thread(target=target, name=name, daemon=True)
             for name, target in (("tokenise", self._tokenise), ("tokenise-long", self._tokenise_long))
         ]
+        self._finisher = ThreadPoolExecutor(1, "finish")
         for thread in self._threads:
             thread.start()
 
@@ -172,6 +176,7 @@ class Engine:
             self._for_long.notify_all()
         for thread in self._threads:
             thread.join()
+        self._finisher.shutdown()
 
     @property
     def is_alive(self) -> bool:
@@ -359,8 +364,11 @@ class Engine:
                 job.ended = now
                 if (job in failed or job.missing == 0) and self._end(job):
                     over.append((job, failed.get(job)))
-        if over:
-            self._answer(over)
+        slow = [(job, error) for job, error in over if error is None and job.prepared.is_slow]
+        if slow:
+            self._finisher.submit(self._answer, slow)
+        if len(slow) < len(over):
+            self._answer([pair for pair in over if pair not in slow])
 
     def _compute_lane(self, lane: Lane, members: list[tuple[Job, int]], failed: dict[Job, ServiceError]) -> None:
         """Computes the pieces of a lane. If that fails, each half is tried separately, so that only the bad piece

@@ -75,7 +75,7 @@ def texts(value: Any, name: str) -> list[str]:
         return [value]
     if value is None:
         raise ServiceError("invalid", f"the field {name} is missing", param=name)
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+    if not isinstance(value, list) or set(map(type, value)) - {str}:
         raise ServiceError("invalid", f"{name} must be a string or a list of strings", param=name)
     if not value:
         raise ServiceError("empty", f"`{name}` cannot be empty", param=name)
@@ -86,13 +86,14 @@ def texts_or_ids(value: Any, name: str) -> list[str] | list[list[int]]:
     """A text, texts, a list of ids, or several lists of ids, as a list of texts or of lists of ids. Texts may be
     objects with a `text`, as in Jina's API."""
     if isinstance(value, list) and value:
-        if all(isinstance(item, dict) for item in value):
+        kinds = set(map(type, value))  # of millions of ids in half the time of a loop
+        if kinds == {dict}:
             return documents(value, name)
-        if all(type(item) is int for item in value):
+        if kinds == {int}:
             return [value]
-        if all(isinstance(item, list) and item and all(type(i) is int for i in item) for item in value):
+        if kinds == {list} and all(set(map(type, item)) == {int} for item in value):
             return value
-        if not all(isinstance(item, str) for item in value):
+        if kinds != {str}:
             raise ServiceError(
                 "invalid", f"{name} must be a string, strings, token ids, or lists of token ids", param=name
             )

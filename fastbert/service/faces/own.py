@@ -3,6 +3,7 @@ address."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,12 @@ async def token_classify(service: Service, call: Call) -> list:
     ignored = fields.take(options, "ignore_labels", list, ["O"])
     model = service.models.with_ability("entities", fields.take(call.body, "model", str))
     way, most = model.abilities["entities"], service.settings.max_queue_tokens
-    records = await service.run(call, model, texts, lambda: way.prepare(texts, most), in_windows=True)
-    made = [_words_of(record, ignored) if strategy == "none" else _entities_of(record, ignored) for record in records]
+    form = partial(_words_of if strategy == "none" else _entities_of, ignored)
+    made = await service.run(call, model, texts, lambda: way.prepare(texts, most, form), in_windows=True)
     return made[0] if isinstance(given, str) else made
 
 
-def _entities_of(record: dict[str, Any], ignored: list) -> list[dict[str, Any]]:
+def _entities_of(ignored: list, record: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"entity_group": e["type"], "score": e["score"], "word": e["text"], "start": e["start"], "end": e["end"]}
         for e in record["entities"]
@@ -45,7 +46,7 @@ def _entities_of(record: dict[str, Any], ignored: list) -> list[dict[str, Any]]:
     ]
 
 
-def _words_of(record: dict[str, Any], ignored: list) -> list[dict[str, Any]]:
+def _words_of(ignored: list, record: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {"entity": t["tag"], "score": t["score"], "index": i, "word": t["word"], "start": t["start"], "end": t["end"]}
         for i, t in enumerate(record["tags"], 1)

@@ -162,7 +162,7 @@ async def tokenize(service: Service, call: Call) -> list[list[dict[str, Any]]]:
 async def decode(service: Service, call: Call) -> list[str]:
     """Texts that ids stand for."""
     given = fields.needed(call.body, "ids", list)
-    lists = [given] if all(type(i) is int for i in given) else given
+    lists = [given] if not set(map(type, given)) - {int} else given
     service.expect_count(lists)
     tokenizer = service.models.named(fields.take(call.body, "model", str)).texts.tokenizer
     for ids in lists:

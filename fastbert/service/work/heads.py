@@ -18,6 +18,7 @@ from ..errors import ServiceError
 from .texts import Texts
 
 _COUNTED = 65_536  # characters tokenised at once to count tokens
+_MANY = 8  # windows of which the answer takes milliseconds
 
 
 class _Head:
@@ -110,26 +111,33 @@ class Entities:
     def __init__(self, pipeline: Pipeline):
         self.pipeline, self.lane = pipeline, _Head(pipeline)
 
-    def prepare(self, texts: Sequence[str], most: int | None = None) -> Prepared:
+    def prepare(
+        self, texts: Sequence[str], most: int | None = None, form: Callable[[dict[str, Any]], Any] | None = None
+    ) -> Prepared:
         """Tokenises. The answer is a list of dicts as `Pipeline` gives them, each also with the tag of every word. A
         long text is several pieces, so nothing is cut.
 
-        most: tokens of all texts at most. Raises: ServiceError.
+        Args:
+            most: tokens of all texts at most.
+            form: makes something else of each dict.
+
+        Raises: ServiceError.
         """
         task = self.pipeline.task
         _expect_at_most(most, texts, lambda part: len(WORDS.findall(part)))  # at least a token for each
         examples = [self.pipeline.example(i, text) for i, text in enumerate(texts)]
         windows = _features(task, examples)
 
-        def finish(found: list[np.ndarray]) -> list[dict[str, Any]]:
+        def finish(found: list[np.ndarray]) -> list[Any]:
             predictions = task.predictions(examples, windows, found)
             records = [task.record(e, p, True) for e, p in zip(examples, predictions, strict=True)]
             for example, record in zip(examples, records, strict=True):
                 for start, tag in zip(example.starts, record["tags"], strict=True):
                     tag["start"], tag["end"] = start, start + len(tag["word"])
-            return records
+            return records if form is None else list(map(form, records))
 
-        return Prepared(self.lane.pieces(windows), _tokens_of(windows, len(texts)), 0, finish)
+        tokens, is_slow = _tokens_of(windows, len(texts)), len(windows) > _MANY
+        return Prepared(self.lane.pieces(windows), tokens, 0, finish, is_slow)
 
 
 class Answers:
@@ -184,7 +192,8 @@ class Answers:
             best = sorted(zip(every.tolist(), ranked, strict=True), key=lambda pair: -pair[0])[:top_k]
             return [{"score": p, **answer} for p, (_, answer) in best]
 
-        return Prepared(self.lane.pieces(windows), _tokens_of(windows, len(pairs)), 0, finish)
+        tokens, is_slow = _tokens_of(windows, len(pairs)), len(windows) > _MANY
+        return Prepared(self.lane.pieces(windows), tokens, 0, finish, is_slow)
 
 
 def _expect_at_most(most: int | None, texts: Sequence[str], count: Callable[[str], int]) -> None:

@@ -14,6 +14,7 @@ from .texts import Texts
 
 # Words in one answer: each comes with the whole text in which it is filled in.
 MOST_WORDS = 50_000
+MANY_WORDS = 100  # take 10 ms or more
 
 
 class _Asked(NamedTuple):
@@ -75,7 +76,7 @@ class Masks:
                 for of_text, masks in zip(ids, found, strict=True)
             ]
 
-        return Prepared(pieces, list(map(len, ids)), cut, finish)
+        return Prepared(pieces, list(map(len, ids)), cut, finish, words > MANY_WORDS)
 
     def _word(self, ids: list[int], at: int, score: float, word: int) -> dict[str, Any]:
         """at: which of the text's masks the word stands for."""
