@@ -9,9 +9,9 @@ import random
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, models, processors
+from tokenizers import AddedToken, Regex, models, processors
 
-from cut_tokenizers import ALPHABETS, BACKENDS, CHINESE, ENGLISH, XLM_R, N, P, made
+from cut_tokenizers import ALPHABETS, BACKENDS, CHINESE, ENGLISH, XLM_R, N, P, as_in_gpt_4, made
 from fastbert.service.errors import ServiceError
 from fastbert.service.work.texts import Texts
 from fastbert.text import paths, seams
@@ -21,8 +21,9 @@ from fastbert.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.once
 
-# Those of Unigram that mark the first word of every text.
+# Those of Unigram that mark the first word of every text, and those of BPE that begin words at signs.
 MARKING = ["XLM-R", "DeBERTa", "ALBERT", "newlines are spaces", "Unigram of bytes", "Unigram added"]
+AT_SIGNS = ["RoBERTa", "ModernBERT", "Qwen", "GPT-4", "a prefix space", "BPE added"]
 WITHOUT_SPACES = {
     "chinese": "".join(CHINESE).replace(" ", ""),
     "english": "".join("".join(ENGLISH).split())[:60_000],
@@ -47,7 +48,7 @@ def ids_of(backend: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", WITHOUT_SPACES)
-@pytest.mark.parametrize("name", MARKING)
+@pytest.mark.parametrize("name", MARKING + AT_SIGNS)
 def test_little_is_tokenised_of_a_text_without_spaces(name, kind):
     text, short = WITHOUT_SPACES[kind] * 10, 0
     whole = ids_of(cutter(name)._backend, text)
@@ -58,7 +59,7 @@ def test_little_is_tokenised_of_a_text_without_spaces(name, kind):
     assert short >= 2  # the others end in a run, or two ways to make their tokens are equally good
 
 
-@pytest.mark.parametrize("name", MARKING)
+@pytest.mark.parametrize("name", MARKING + AT_SIGNS)
 def test_an_end_changes_no_token(name, monkeypatch):
     """Random strings of difficult characters, most of them without spaces."""
     monkeypatch.setattr(seams, "_WORTH_CUTTING", 2)
@@ -73,6 +74,27 @@ def test_an_end_changes_no_token(name, monkeypatch):
         assert ids[-kept:] == whole[-kept:], (text, kept)
         assert (len(ids) > kept) == (len(whole) > kept), (text, kept)
     assert found > 40
+
+
+def test_a_word_begins_at_a_sign_behind_a_letter():
+    assert [at for at in range(1, 11) if seams._is_sign("ab,c'd。1-?\u0301", at)] == [2, 6, 8]
+    assert not seams._is_sign("a\u00b4", 1)  # NFKC makes a space and an accent of it
+    assert not seams._is_sign("a\uff07", 1)
+    assert not seams._is_sign("a\u0301.", 2)
+    split = P.Sequence([P.Split(Regex(seams._OF_WORDS[1]), "isolated"), P.ByteLevel(use_regex=False)])
+    spaced = made("bpe", None, split)  # a space before the first sign parts it from the letters behind it
+    for text in (",a" * 9_000, "(ab" * 9_000):
+        assert Cutter(spaced).ending(text, 9) == text
+
+
+def test_numbers_are_split_from_their_beginning():
+    """By threes, so that a cut in the middle of a number would split it in other ways."""
+    vocabulary = {sign: i for i, sign in enumerate([*P.ByteLevel.alphabet(), "12", "23", "31"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("1", "2"), ("2", "3"), ("3", "1")]))
+    backend.pre_tokenizer = as_in_gpt_4(1)
+    text = "123" * 3_000
+    for kept in (8, 9, 10):
+        assert ids_of(backend, Cutter(backend).ending(text, kept))[-kept:] == ids_of(backend, text)[-kept:]
 
 
 def test_a_path_that_depends_on_what_is_before():

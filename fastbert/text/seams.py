@@ -33,6 +33,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cached_property
@@ -109,6 +110,10 @@ class Seams:
         self._keeps_ends = not any(isinstance(step, normalizers.Prepend) for step in steps) and all(
             part.prepend_scheme == "always" for part in words if isinstance(part, pre_tokenizers.Metaspace)
         )
+        self._begins_words_at_signs = self._by_expression and (
+            all(isinstance(part, pre_tokenizers.ByteLevel) for part in words)
+            or not any(part.add_prefix_space for part in words if isinstance(part, pre_tokenizers.ByteLevel))
+        )
         self._made: dict[str, str] = {}
         signs = {one[:1] for one in (self._becomes(" "), *self._for_spaces)}
         self._spaces_end_words = any(_splits_at(part, signs) for part in words)
@@ -168,27 +173,32 @@ class Seams:
             at = next((at for at in self._spaces(text, start, start + _SEARCHED)[::-1] if self._begins(text, at)), None)
             if at is not None and len(self._tokenised(text[at:])[0]) >= wanted:
                 return text[at:]
-            if size in _SIZES[:_BEFORE_SHORTENING] and (at := self._place_within_word(text, start, wanted)):
+            if size in _SIZES[:_BEFORE_SHORTENING] and (at := self._place_without_space(text, start, wanted)):
                 return text[at:]
         short = self._shortened(text) if shorten else text
         return self.ending(short, tokens) if len(short) < len(text) else text
 
-    def _place_within_word(self, text: str, start: int, wanted: int) -> int | None:
-        """A place behind this one from which on a text has the same last tokens, though no word begins there.
+    def _place_without_space(self, text: str, start: int, wanted: int) -> int | None:
+        """A place behind this one from which on a text has the same last tokens.
 
-        Of Unigram's tokens of a word, the last ones soon do not depend on the first characters.
+        Expressions begin a word at a sign behind a letter. In Unigram it is any place, as a word's last tokens soon do
+        not depend on its first characters.
         """
-        if not isinstance(self._backend.model, models.Unigram):
+        is_unigram = isinstance(self._backend.model, models.Unigram)
+        if not is_unigram and not self._begins_words_at_signs:
             return None
-        at = next((at for at in range(start, min(start + _SEARCHED, len(text))) if self._parts(text, at)), None)
+        places = range(start, min(start + _SEARCHED, len(text)))
+        at = next((at for at in places if self._parts(text, at) and (is_unigram or _is_sign(text, at))), None)
         if at is None:
             return None
         ids, pieces, words = self._tokenised(text[at:])
         if len(ids) < wanted:
             return None
-        of_first = words.count(words[0])
+        of_first = words.count(words[0])  # which may get a space before it
         if len(ids) - of_first >= wanted:
             return at
+        if not is_unigram:
+            return None
         word, rest = ("".join(pieces[slice(*part)]) for part in ((0, of_first), (len(ids) - wanted, of_first)))
         if [token.id for token in self._backend.model.tokenize(word)] != ids[:of_first]:
             return None
@@ -482,6 +492,14 @@ def _splits_at(part: Any, signs: set[str]) -> bool:
 def _splits_at_newlines(part: Any) -> bool:
     """Whether a pre-tokenizer's expression splits a gap at its last newline."""
     return isinstance(part, pre_tokenizers.Split) and _pattern(part)[1][0] in _OF_WORDS[1:]
+
+
+def _is_sign(text: str, at: int) -> bool:
+    """Whether a sign other than an apostrophe is at this place, and a letter or digit before it."""
+    first, second = (unicodedata.normalize("NFKC", char) for char in text[at - 1 : at + 1])
+    if not (BEGINNING.match(text[at - 1]) and BEGINNING.match(text[at])) or second[0] == "'":
+        return False
+    return unicodedata.category(first[-1])[0] in "LN" and unicodedata.category(second[0])[0] in "PS"
 
 
 def _is_behind_newline(text: str, at: int) -> bool:
