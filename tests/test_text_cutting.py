@@ -312,7 +312,7 @@ def test_shortening_changes_no_id(name, side, monkeypatch):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_tokens_of_a_shortened_text_have_their_places(name, side, monkeypatch):
-    monkeypatch.setattr(tokenizer, "_WORTH_SHORTENING", 0)
+    monkeypatch.setattr(cutting, "_WORTH_SHORTENING", 0)
     monkeypatch.setattr(cutting, "_CHARACTERS_PER_TOKEN", 1)
     made, plain = BACKENDS[name](), BACKENDS[name]()
     made.model.max_input_chars_per_word = plain.model.max_input_chars_per_word = 9

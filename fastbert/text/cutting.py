@@ -19,13 +19,15 @@ Where such boundaries are rare, as in a text that is one long word, the kinds of
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import islice
 
+import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
+from .calling import encoded
 from .characters import SURROGATE
 from .kinds import Kinds
 from .seams import Seams
@@ -134,6 +136,35 @@ class Cutter:
         if self._boundary is None or len(text) <= _WORTH_SHORTENING:
             return text
         return self._kinds.shortened(text)
+
+    def alone(self, text: str, tokens: int, is_ending: bool) -> str:
+        """A text with the same first (or last) `tokens` ids, at other places, and few more.
+
+        It is for a pair, of which the library makes a window of each two windows of its texts.
+        """
+        text = self.shortened((self.ending if is_ending else self.text)(text, tokens, True))
+        if self._boundary is None or len(text) <= tokens:
+            return text
+        try:
+            (whole,) = encoded(self._backend.encode_batch, [text], add_special_tokens=False)
+        except ValueError:  # the text is refused when it is tokenised for the model
+            return text
+        if len(whole.ids) <= 2 * tokens:
+            return text
+        part = text[whole.offsets[-tokens - 8][0] :] if is_ending else text[: whole.offsets[tokens + 8][1]]
+        ids = self._backend.encode(part, add_special_tokens=False).ids
+        kept = slice(-tokens, None) if is_ending else slice(tokens)
+        return part if len(ids) > tokens and ids[kept] == whole.ids[kept] else text
+
+    def located(self, text: str, tokens: int, is_ending: bool) -> tuple[str, Sequence[int] | np.ndarray]:
+        """(a text with the same first (or last) `tokens` ids, and at least one more if this text has more; the place in
+        this text of each of its characters)."""
+        part = self.ending(text, tokens) if is_ending else self.text(text, tokens)
+        start = len(text) - len(part) if is_ending else 0
+        if self._boundary is None or len(part) <= _WORTH_SHORTENING:
+            return part, range(start, start + len(part))
+        short, places = self._kinds.located(part)
+        return short, places + start
 
     def texts(self, texts: list[str], tokens: int, shorten: bool = False) -> list[str]:
         """`text` of each."""

@@ -34,8 +34,6 @@ _NO_LIMIT = 10**9  # transformers writes 1e30 where a model has no maximum lengt
 _KEPT_TRUNCATIONS = 8
 # Characters for each wanted token up to which a text is not worth cutting.
 _NOT_WORTH_CUTTING = 8
-# Characters of a text from which on it is searched for long words and gaps.
-_WORTH_SHORTENING = 16_384
 # Tokens of a text by which it is compared with the other one of a pair.
 _COMPARED = 8_192
 # Texts in one call from which on `fast_ids` is set up, which costs as much as tokenising 2,000 short texts.
@@ -298,37 +296,12 @@ class Tokenizer:
         off. Truncation of a pair compares the texts' numbers of tokens, so of each 8,192 remain or more. If both texts
         have more, and `max_length` leaves an odd number, it may be the other text that keeps one token more.
         """
-        part = self._cutter.text if self._keeps_beginnings else self._cutter.ending
-        tokens = max(max_length, _COMPARED)
-        return self._with_tokens(self._cutter.shortened(part(text, tokens, shorten=True)), tokens)
-
-    def _with_tokens(self, text: str, tokens: int) -> str:
-        """The text, or a part of it with the same `tokens` ids that truncation keeps, and few more. The library makes a
-        window of each two windows of a pair."""
-        if self._cutter._boundary is None or len(text) <= tokens:
-            return text
-        try:
-            (whole,) = encoded(self._backend.encode_batch, [text], add_special_tokens=False)
-        except ValueError:  # the text is refused when it is tokenised for the model
-            return text
-        ids = whole.ids
-        if len(ids) <= 2 * tokens:
-            return text
-        right = self._keeps_beginnings
-        part = text[: whole.offsets[tokens + 8][1]] if right else text[whole.offsets[-tokens - 8][0] :]
-        found = self._backend.encode(part, add_special_tokens=False).ids
-        kept = slice(tokens) if right else slice(-tokens, None)
-        return part if len(found) > tokens and found[kept] == ids[kept] else text
+        return self._cutter.alone(text, max(max_length, _COMPARED), not self._keeps_beginnings)
 
     def located(self, text: str, tokens: int) -> tuple[str, Sequence[int] | np.ndarray]:
         """(a text with the same `tokens` ids that truncation keeps, and at least one more if this text has more; the
         place in this text of each of its characters)."""
-        part = (self._cutter.text if self._keeps_beginnings else self._cutter.ending)(text, tokens)
-        start = 0 if self._keeps_beginnings else len(text) - len(part)
-        if self._cutter._boundary is None or len(part) <= _WORTH_SHORTENING:
-            return part, range(start, start + len(part))
-        short, places = self._cutter._kinds.located(part)
-        return short, places + start
+        return self._cutter.located(text, tokens, not self._keeps_beginnings)
 
     def shortened_pair(self, first: str, second: str, max_length: int) -> tuple[str, str]:
         """A pair of texts that is cut to the same `max_length` tokens."""
