@@ -280,7 +280,7 @@ def test_which_text_of_a_pair_is_longer(side):
         cut = Cutter(backend)
         direction = backend.__class__.from_str(backend.to_str())
         direction.enable_truncation(9 + direction.num_special_tokens_to_add(True), direction=side)
-        texts = ["a b " * 90, "a b " * 91, "b" * 400, "b " * 180, "a b " * 300, "\u0301" * 300 + "a " * 30]
+        texts = ["a b " * 90, "a b " * 91, "b" * 400, "b " * 180, "b  " * 180, "a b " * 300, "\u0301" * 300 + "a " * 30]
         for first in texts:
             for second in texts:
                 found = direction.encode(*cut.pair(first, second, 9, "longest_first", side == "left"))

@@ -202,12 +202,6 @@ class Cutter:
             return cut(first, tokens), second
         if strategy == "only_second":
             return first, cut(second, tokens)
-        first, second = self._longest_first(first, second, tokens, cut, is_ending)
-        return self._expect_cut(first, tokens), self._expect_cut(second, tokens)
-
-    def _longest_first(
-        self, first: str, second: str, tokens: int, cut: Callable[[str, int], str], is_ending: bool
-    ) -> tuple[str, str]:
         # longest_first takes tokens from the longer text until both have the same number. If the limit is odd, the text
         # that was longer keeps the odd token, so the cut texts must not change which one is longer.
         short_first, short_second = cut(first, tokens), cut(second, tokens)
