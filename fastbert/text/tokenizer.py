@@ -32,8 +32,6 @@ TRUNCATIONS = ("longest_first", "only_first", "only_second")
 
 _NO_LIMIT = 10**9  # transformers writes 1e30 where a model has no maximum length
 _KEPT_TRUNCATIONS = 8
-# Characters for each wanted token up to which a text is not worth cutting.
-_NOT_WORTH_CUTTING = 8
 # Tokens of a text by which it is compared with the other one of a pair.
 _COMPARED = 8_192
 # Texts in one call from which on `fast_ids` is set up, which costs as much as tokenising 2,000 short texts.
@@ -284,8 +282,6 @@ class Tokenizer:
 
     def beginning(self, text: str, tokens: int) -> str:
         """A text with the same first `tokens` ids, and at least one more if this text has more. Places may differ."""
-        if len(text) <= _NOT_WORTH_CUTTING * tokens:
-            return text
         return self._cutter.text(text, tokens, shorten=True)
 
     def shortened(self, text: str, max_length: int) -> str:
